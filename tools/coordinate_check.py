@@ -125,7 +125,8 @@ def _add_measurement(parser: Parser) -> None:
         metavar="RULE,...",
         help="also measure and draw these, of completep,alpha_0.5,mup,sp, and for Muon of "
         "muon_adam_width (AdamW's 1/m_N on top), muon_adam_rms (0.2 sqrt(max(d_out, d_in))), for "
-        "experts of experts_summed (no 1/k), experts_eps (no 1/e), router_lr (no 1/m_N)",
+        "experts of experts_summed (no 1/k), experts_eps (no 1/e), router_lr (no 1/m_N), "
+        "router_init (1/sqrt(m_N) in place of 1/m_N)",
     )
     parser.add_argument(
         "--workers",
@@ -210,6 +211,17 @@ def check_float8(
         raise ConfigError(
             "--float8 trains the project's own model in single processes. "
             "Leave out --model and torchrun; --workers trains several at once."
+        )
+    asked = {
+        "--experts": arguments.experts,
+        "--beside": arguments.beside,
+        "--no-eps": arguments.no_eps,
+    }
+    unread = [option for option, setting in asked.items() if setting]
+    if unread:
+        raise ConfigError(
+            f"--float8 does not read {', '.join(unread)}: it measures the products of dense "
+            "matrices over width and depth, with SP as its control. Leave that out."
         )
 
     def say(line: str) -> None:

@@ -40,3 +40,10 @@ for rate in 0.001 0.01 0.03 0.1; do
     sweep "experts_rate_$rate" --lr 0.0078125 --seeds 1 model.moe.bias_rate=$rate
 done
 sweep experts_balance_none --lr 0.001953125,0.0078125 --train-steps 300 model.moe.balance=none
+# Balance by a loss, of both gates; the exponents of the gradients of routers.
+for coefficient in 0.001 0.01 0.1; do
+    sweep "experts_loss_$coefficient" --lr 0.001953125,0.0078125 --train-steps 300 model.moe.balance=loss model.moe.balance_loss=$coefficient
+done
+sweep experts_loss_softmax --lr 0.001953125,0.0078125 --train-steps 300 model.moe.gate=softmax model.moe.balance=loss model.moe.balance_loss=0.01
+sweep experts_softmax_none --lr 0.001953125,0.0078125 --train-steps 300 model.moe.gate=softmax model.moe.balance=none
+python docs/results/experts_router_losses.py docs/results/experts.yaml docs/results/experts/router_losses.json

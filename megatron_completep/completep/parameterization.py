@@ -160,6 +160,11 @@ class Table:
         """The factor on the logits in training, evaluation and generation."""
         return self._forward.unembedding
 
+    @property
+    def router_loss_multiplier(self) -> float:
+        """The factor on the coefficients of a router's balance loss and z-loss."""
+        return self._forward.router_losses
+
     def factors(
         self, role: Role, width_ratio: float = 1.0, matrix: table_1.Matrix | None = None
     ) -> Factors:

@@ -29,6 +29,7 @@ class Forward:
 
     branch: float  # x + branch * f(norm(x)), where f includes its bias
     unembedding: float  # logits = unembedding * x W^T
+    router_losses: float = 1.0  # on the coefficients of the losses that a router has of its own
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,16 @@ NO_EXPERTS = ExpertRatios()
 
 
 def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forward:
-    """The two forward-pass rows of the table, times `base`, the multipliers set for the proxy."""
+    """The forward-pass rows of the table, times `base`, the multipliers set for the proxy.
+
+    The gradient that reaches a router from the tokens' loss has passed its branch's m_L^-alpha;
+    that of a router's own loss has not, and takes it from its coefficient. Width, k and E have no
+    factor there (docs/experts.md).
+    """
     return Forward(
         branch=base.branch * m_L**-alpha,
         unembedding=base.unembedding / m_N,
+        router_losses=base.router_losses * m_L**-alpha,
     )
 
 

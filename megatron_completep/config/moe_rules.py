@@ -54,12 +54,27 @@ def _shape(config: Config, moe: MoeConfig) -> Iterator[Problem]:
     if moe.gate == "softmax" and moe.balance == "bias":
         yield (
             "model.moe.balance = bias moves the scores of sigmoid gates, but model.moe.gate = "
-            "softmax. Use gate = sigmoid, or balance = none."
+            "softmax. Use gate = sigmoid, or balance = loss or none."
         )
+    yield from _balance_loss(moe)
     if config.model.bias:
         yield (
             "model.bias = true does not go with model.moe: experts have no biases, whose epsilon "
             "would need a factor of its own. Use model.bias = false (model.qkv_bias may be true)."
+        )
+
+
+def _balance_loss(moe: MoeConfig) -> Iterator[Problem]:
+    """What balances, and the coefficient of the loss, say the same."""
+    if moe.balance == "loss" and not moe.balance_loss:
+        yield (
+            "model.moe.balance = loss balances by model.moe.balance_loss, which is 0. Use "
+            "balance = none, or a balance_loss such as 1e-2."
+        )
+    if moe.balance == "none" and moe.balance_loss:
+        yield (
+            f"model.moe.balance_loss = {moe.balance_loss:g} would balance, but model.moe.balance = "
+            "none. Use balance = loss, or balance_loss = 0."
         )
 
 

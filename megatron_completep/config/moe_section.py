@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_completep.config.section import (
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -41,11 +42,21 @@ class MoeConfig(Section):
     first_dense_layers: NonNegativeInt = Field(
         0, description="Layers at the beginning that have an MLP."
     )
-    balance: Literal["bias", "none"] = Field(
+    balance: Literal["bias", "loss", "none"] = Field(
         "bias",
         description="bias: a bias on the scores, for the choice alone, moves by the loads of the "
-        "global batch (needs gate sigmoid); none: nothing is balanced.",
+        "global batch (needs gate sigmoid); loss: balance_loss alone; none: nothing is balanced.",
     )
     bias_rate: PositiveFloat = Field(
         1e-3, description="What a balance bias moves by in a step; not scaled with the model."
+    )
+    balance_loss: NonNegativeFloat = Field(
+        0.0,
+        description="Coefficient of the balance loss of each sequence and layer at the proxy, "
+        "scaled by m_L^-alpha; needed by balance loss, allowed beside a bias; 0: off.",
+    )
+    router_z_loss: NonNegativeFloat = Field(
+        0.0,
+        description="Coefficient of logsumexp^2 of the router's logits at the proxy, scaled by "
+        "m_L^-alpha; 0: off.",
     )

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_completep.model.experts import MixtureOfExperts
-from megatron_completep.model.routing import Router, Routing, load_of
+from megatron_completep.model.loads import load_of
+from megatron_completep.model.routing import Router, Routing
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.telemetry.experts import (
     SUMS_BESIDE_LOADS,

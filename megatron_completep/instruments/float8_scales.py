@@ -146,12 +146,7 @@ def train(job: ScaleJob, device: str = "cpu") -> Run:
     Raises DataError where token files are missing.
     """
     context = ParallelContext.single(device)
-    config = for_short_runs(job.config, job.steps, job.precision)
-    # A whole run, with its warm-up and decay; every matrix in float8, however small.
-    names = ("schedule", "warmup_steps", "warmup_fraction")
-    schedule = {name: getattr(job.config.optimizer, name) for name in names}
-    float8 = {"float8": "tensorwise", "float8_least_size": MULTIPLE}
-    config = change(config, optimizer=schedule, training=float8)
+    config = settings_of(job)
     recorder = Recorder()
     static = None if job.bounds is None else Static(job.bounds)
     trial = Trial.build(config, context)
@@ -177,6 +172,19 @@ def train(job: ScaleJob, device: str = "cpu") -> Run:
         amax,
         {} if static is None else static.shares(),
     )
+
+
+def settings_of(job: ScaleJob) -> Config:
+    """A whole run's, with its warm-up and decay; every matrix in float8, however small."""
+    names = ("schedule", "warmup_steps", "warmup_fraction")
+    schedule = {name: getattr(job.config.optimizer, name) for name in names}
+    float8 = {
+        "float8": "tensorwise",
+        "float8_least_size": MULTIPLE,
+        "float8_weight_gradient": job.config.training.float8_weight_gradient,
+    }
+    short = for_short_runs(job.config, job.steps, job.precision)
+    return change(short, optimizer=schedule, training=float8)
 
 
 def _train_alone(job: ScaleJob, device: str) -> Run:
@@ -268,7 +276,7 @@ class ScaleResult:
 def collect(config: Config, plan: Plan, workers: int, device: str, say: Say) -> ScaleResult:
     """Train every shape, seed and rule with dynamic scales, then with those of the proxy.
 
-    `plan` as for the coordinate check; its `check_eps` and `beside` do not matter here.
+    `plan` as for the coordinate check; its `check_eps`, `beside` and `experts` are not read.
     """
     dynamic_jobs = _dynamic_jobs(config, plan)
     dynamic: list[Run] = []
@@ -312,8 +320,12 @@ def _in_workers(jobs: Sequence[ScaleJob], workers: int, device: str) -> Iterator
 def _line(run: Run, scales: str) -> str:
     width, depth = run.shape
     what = f"{run.rule}, {depth} layers x {width}, seed {run.seed}: {scales} scales"
-    most = f", saturated {max(run.saturated.values()):.2g}" if run.saturated else ""
-    return f"{what}, loss {run.loss:.4f}{most}"
+    if not run.saturated:
+        return f"{what}, loss {run.loss:.4f}"
+    site = max(run.saturated, key=lambda site: run.saturated[site])
+    most = run.saturated[site]
+    of_site = f" of {site}" if most else ""
+    return f"{what}, loss {run.loss:.4f}, saturated {most:.2g}{of_site}"
 
 
 def judge(dynamic: Sequence[Run], static: Sequence[Run], base: tuple[int, int]) -> ScaleResult:

@@ -76,6 +76,13 @@ def router_lr(case: Case) -> table_1.Row:
     return case.at_rate(case.table.width_multiplier)
 
 
+def router_init(case: Case) -> table_1.Row:
+    """A router that starts as a hidden weight does: at 1 / sqrt(m_N), and not at 1 / m_N."""
+    if case.role is not Role.ROUTER:
+        return case.row
+    return replace(case.row, variance=case.row.variance * case.table.width_multiplier)
+
+
 MUON: Mapping[str, Callable[[Case], table_1.Row]] = {
     "muon_adam_width": adam_width,
     "muon_adam_rms": adam_rms,
@@ -84,6 +91,7 @@ OF_EXPERTS: Mapping[str, Callable[[Case], table_1.Row]] = {
     "experts_summed": experts_summed,
     "experts_eps": experts_eps,
     "router_lr": router_lr,
+    "router_init": router_init,
 }
 MISTAKES = {**MUON, **OF_EXPERTS}
 

@@ -306,7 +306,7 @@ def for_short_runs(
     # Instruments read masters and gradients between two steps.
     training["overlap_update"] = False
     # Which of small matrices are converted says nothing about a large model.
-    training["float8"] = "none"
+    training |= {"float8": "none", "float8_weight_gradient": "high"}
     settings = {**schedule, **following(config.optimizer, optimizer)}
     return change(config, optimizer=settings, training=training)
 

@@ -116,11 +116,14 @@ class MixtureOfExperts(nn.Module):
             self.shared = MLP(model, table, context, layer, recompute_selectively, width)
 
     def forward(self, x: Tensor, inputs: AttentionInputs | None = None) -> Branch:
-        """Communicates over the expert axis, and the shared MLP over the tensor axis."""
+        """Communicates over the expert axis, and the shared MLP over the tensor axis.
+
+        A balance loss communicates over the axes that divide a sequence.
+        """
         inputs = inputs or AttentionInputs()
         tokens = x.flatten(0, 1)
         counted = None if inputs.counted is None else inputs.counted.flatten()
-        routing = self.router(tokens, counted, inputs.kept_routing)
+        routing = self.router(tokens, counted, inputs.kept_routing, sequences=x.shape[1])
         ranks = self.context.ranks
         dispatch = Dispatch(routing.experts, self.num_experts, ranks.expert, self.layer)
         # Computed while the counts are on their way.
@@ -158,7 +161,8 @@ class MixtureOfExperts(nn.Module):
         # chosen. Then the places of this rank's slots, and of the rows that came.
         routing = tokens * (self.num_experts + self.top_k) * sizes.wide_bytes + slots * 8
         places = 2 * 8 * (slots + (rows if self.context.ranks.expert.size > 1 else 0))
-        total = elements * sizes.element_bytes + routing + places
+        losses = self.router.losses.activation_bytes(sizes, self.num_experts)
+        total = elements * sizes.element_bytes + routing + places + losses
         if self.shared is not None:
             return total + self.shared.activation_bytes(sizes)  # its input is the router's
         return total + tokens * hidden * sizes.element_bytes

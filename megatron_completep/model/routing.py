@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.loads import load_of
+from megatron_completep.model.router_losses import RouterLosses
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import accumulate_matrix
@@ -50,20 +52,12 @@ class Routing(NamedTuple):
         return entropy
 
 
-def load_of(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
-    """int64 [num_experts]: how many of the tokens with these experts [T, k] each expert gets."""
-    load = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    ones = torch.ones_like(experts)
-    if counted is not None:
-        ones = ones * counted[:, None]
-    return load.scatter_add_(0, experts.flatten(), ones.flatten())
-
-
 class Router(nn.Module):
     """tokens [T, H] -> Routing. The product and all that follows are in float32, or float64.
 
     Attributes:
         layer: the number of the layer in the whole model, from 0.
+        losses: those of the router's own.
         observers: called with the routing of every forward pass; see `observing`.
         fixed: the experts [T, k] to take in place of those with the highest scores; see `fixing`.
     """
@@ -79,6 +73,7 @@ class Router(nn.Module):
         self.gate = moe.gate
         self.observers: list[Callable[[Routing], None]] = []
         self.fixed: Tensor | None = None
+        self.losses = RouterLosses(model, table, context)
         # Every rank has its own tokens: what tensor ranks see is a part, as of a norm's gain.
         partial_over = context.ranks.sequence.partial_over
         weight = Spec(
@@ -105,12 +100,14 @@ class Router(nn.Module):
         tokens: Tensor,
         counted: Tensor | None = None,
         kept: dict[int, Tensor] | None = None,
+        sequences: int = 1,
     ) -> Routing:
-        """The routing of tokens [T, H]. Nothing communicates.
+        """The routing of tokens [T, H]. Only a balance loss communicates (`RouterLosses`).
 
-        counted: bool [T], of the tokens that count as load; None: all do.
+        counted: bool [T], of the tokens that count as load and in losses; None: all do.
         kept: what was chosen, by layer. A choice that is there is taken, one that is not is added:
             so a recomputed forward pass keeps the routing of the first.
+        sequences: of the micro-batch; their tokens at one place lie side by side.
         """
         logits: Tensor = _RouterProduct.apply(  # type: ignore[no-untyped-call]
             tokens, self.weight, self.context
@@ -124,6 +121,7 @@ class Router(nn.Module):
         else:
             # The same as the softmax over all, scaled to a sum of 1 over the chosen.
             weights = logits.gather(1, experts).softmax(-1)
+        weights = self.losses.inject(weights, logits, scores, experts, counted, sequences)
         if self.bias is not None:
             load = load_of(experts, self.num_experts, counted)
             weights = _CountLoad.apply(  # type: ignore[no-untyped-call]

@@ -50,7 +50,7 @@ def gather_loads(shards: Shards, loads: list[Loads]) -> dict[str, Tensor]:
     axis; where a stage has no bias, on none of its ranks.
     """
     by_name = {
-        name: shards.grad.new_zeros(spec.shape)
+        name: shards.master.new_zeros(spec.shape)
         for name, spec in shards.specs.items()
         if spec.balance is not None
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from math import prod
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -430,9 +431,14 @@ def _single_problems(config: Config, table: Table) -> Iterator[str]:
         ("training.label_smoothing", "smoothed probability of a token", 1 / model.vocab_size),
         ("optimizer.grad_clip", "clipping bound a token", 1 / tokens_per_step(config)),
     ]
+    if model.moe is not None:
+        by_loss = table.router_loss_multiplier
+        single += [
+            ("model.moe.balance_loss", "coefficient of a layer's balance loss", by_loss),
+            ("model.moe.router_z_loss", "coefficient of a router's z-loss", by_loss),
+        ]
     for setting, meaning, factor in single:
-        section, _, field = setting.partition(".")
-        base = getattr(getattr(config, section), field)
+        base = attrgetter(setting)(config)
         if base:  # 0 switches off what may be switched off
             yield from _out_of_range(setting, meaning, [ScaledValue("", "", base, factor)], bounds)
 

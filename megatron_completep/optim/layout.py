@@ -225,19 +225,17 @@ def _divide(entries: Sequence[Entry], bucket_elements: int) -> Iterator[list[Ent
     yield from sorted(filter(None, filling.values()), key=lambda members: places[members[-1]])
 
 
-def entry_of(name: str, spec: Spec, kind: str = "", sharding: str = "optimizer") -> Entry:
+def entry_of(name: str, spec: Spec, kind: str = "") -> Entry:
     """What the layout has to know of a parameter.
 
     Loads in the place of gradients are counts, which must arrive exactly: they have a kind of their
     own.
 
     A parameter tied across the pipeline lies in a bucket of its own, so that both ends cut it
-    alike. So does one that a micro-batch uses twice if gradients are sharded, too: the buffer of
-    its bucket lives from the first use to the last.
-
-    sharding: `parallel.sharding`.
+    alike. So does one that a micro-batch uses twice: if gradients are sharded too, the buffer of
+    its bucket lives from the first use to the last, and their norm must not depend on that setting.
     """
-    alone = spec.tied_to is not None or (sharding == "gradients" and spec.uses > 1)
+    alone = spec.tied_to is not None or spec.uses > 1
     if spec.balance is not None:
         kind = LOADS
     return Entry(name, prod(spec.local_shape), spec.summed_over, alone, kind)

@@ -152,7 +152,7 @@ class Shards:
     def _lay_out(self, parallel: ParallelConfig) -> Layout:
         entries = []
         for name, spec in self.specs.items():
-            entries.append(entry_of(name, spec, self.kind_of(spec), parallel.sharding))
+            entries.append(entry_of(name, spec, self.kind_of(spec)))
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
         most_ranks = max(reduction.size for reduction in self.reductions.values())
         return lay_out(entries, shards, elements_of_bucket(parallel.bucket_megabytes, most_ranks))

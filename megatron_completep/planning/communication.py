@@ -19,6 +19,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.model.attention import Attention, head_lots
 from megatron_completep.model.experts import MixtureOfExperts
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.routing import routers
 from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import LOADS, Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
@@ -106,6 +107,7 @@ def collectives_per_step(
         collectives += _tensor(config, model, micro_batches)
         collectives += _context(config, model, micro_batches)
         collectives += _experts(config, model, micro_batches)
+        collectives += _balance_losses(config, model, micro_batches)
     places = shard_places(config, shard_rank, tensor_rank)
     collectives += _partial_gradients(config, specs, layout, places)
     collectives += _pipeline(config, models, micro_batches)
@@ -259,6 +261,19 @@ def _experts(config: Config, model: GPT, micro_batches: int) -> Iterator[Collect
             yield call(rows, f"outputs of the experts, {name}")
         yield call(rows, "gradients of the experts' outputs, backward")
         yield call(rows, "gradients of the tokens, backward")
+
+
+def _balance_losses(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
+    """The loads of each sequence, over the axes that divide it, in every layer with experts."""
+    passes = ("forward", "recomputed") if config.training.recompute == "full" else ("forward",)
+    for router in routers(model):
+        if not router.losses.balances:
+            continue
+        payload = 8 * config.training.micro_batch_size * router.num_experts  # int64
+        for axis in router.losses.axes:
+            for name in passes:
+                purpose = f"loads of each sequence for the balance loss, {name}"
+                yield Collective(axis.name, ALL_REDUCE, payload, micro_batches, purpose)
 
 
 def _count(model: GPT, kind: type[nn.Module]) -> int:

@@ -165,6 +165,7 @@ def _heading(config: Config, plan: Plan) -> list[str]:
         f"alpha = {table.alpha:g}",
         *_scaled_batch(config, table),
         *_timescales(config, table),
+        *_router_losses(config, table),
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
 
@@ -218,6 +219,17 @@ def _timescales(config: Config, table: Table) -> list[str]:
     if all(scale.proxy is None for scale in scales):
         hint = " (the proxy's is known from completep.base_batch_tokens and base_total_tokens)"
     return [f"tau = 1 / (peak lr x decay x steps): {', '.join(map(str, scales))}{hint}"]
+
+
+def _router_losses(config: Config, table: Table) -> list[str]:
+    """One line on the coefficients of the routers' own losses, where there are any."""
+    moe = config.model.moe
+    if moe is None:
+        return []
+    by_name = {"balance loss": moe.balance_loss, "router z-loss": moe.router_z_loss}
+    factor = table.router_loss_multiplier
+    terms = [f"{name} {base * factor:.5g}" for name, base in by_name.items() if base]
+    return [f"coefficients in each layer with experts: {', '.join(terms)}"] if terms else []
 
 
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:

@@ -131,8 +131,7 @@ def shard_places(config: Config, shard_rank: int, tensor_rank: int) -> dict[str,
 def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     kind_of = RULES[table_of(config).rule].kind_of
-    sharding = config.parallel.sharding
-    entries = [entry_of(name, spec, kind_of(spec), sharding) for name, spec in specs.items()]
+    entries = [entry_of(name, spec, kind_of(spec)) for name, spec in specs.items()]
     elements = elements_of_bucket(config.parallel.bucket_megabytes, gradient_size)
     return lay_out(entries, shards_of_axes(config, gradient_size), elements)
 

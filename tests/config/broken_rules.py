@@ -487,6 +487,11 @@ RULES = [
         ["model.moe={num_experts: 4, top_k: 1, gate: softmax}"],
         "model.moe.balance = bias moves the scores of sigmoid gates",
     ),
+    (["model.moe={num_experts: 4, top_k: 1, balance: loss}"], "balance_loss, which is 0. Use"),
+    (
+        ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0.01}"],
+        "model.moe.balance_loss = 0.01 would balance, but model.moe.balance = none. Use balance =",
+    ),
     ([EXPERTS, "model.bias=true"], "model.bias = true does not go with model.moe"),
     ([EXPERTS, "training.cuda_graph=true"], "training.cuda_graph = true cannot capture model.moe"),
     (

@@ -37,6 +37,8 @@ FITTING = [
     ["training.validation_positions=8"],
     ["model.moe={num_experts: 8, top_k: 8, gate: softmax, balance: none, first_dense_layers: 7}"],
     [EXPERTS, "model.qkv_bias=true", "parallel.expert_parallel_size=8"],
+    ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    ["model.moe={num_experts: 4, top_k: 1, balance_loss: 1e-4, router_z_loss: 1e-3}"],
     [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=1"],
     [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.allow_sparsity_change=true"],
     [

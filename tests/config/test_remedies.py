@@ -17,6 +17,15 @@ IN_WORDS = {
     "model.moe={num_experts: 4, top_k: 1, gate: softmax}": [
         ["model.moe={num_experts: 4, top_k: 1, gate: sigmoid}"],
         ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: none}"],
+        ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    ],
+    "model.moe={num_experts: 4, top_k: 1, balance: loss}": [
+        ["model.moe={num_experts: 4, top_k: 1, balance: none}"],
+        ["model.moe={num_experts: 4, top_k: 1, balance: loss, balance_loss: 0.01}"],
+    ],
+    "model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0.01}": [
+        ["model.moe={num_experts: 4, top_k: 1, balance: loss, balance_loss: 0.01}"],
+        ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0}"],
     ],
     f"{EXPERTS} model.bias=true": [
         ["model.bias=false"],

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_completep.completep import Table, table_of
+from megatron_completep.completep.table import Matrix, Row
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments import laziness
@@ -20,6 +22,7 @@ from megatron_completep.instruments.lr_transfer_plan import transferred
 from megatron_completep.instruments.mistakes import check_mistakes, table_with
 from megatron_completep.instruments.sweep import Grid, result_path, run_and_keep, save_grid
 from megatron_completep.instruments.trial import (
+    Design,
     Trial,
     for_short_runs,
     read_batches,
@@ -30,6 +33,7 @@ from megatron_completep.model.routing import Routing, observing
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from tests.support.corpora import write_markov_chain
+from tests.support.models import as_class
 from tests.support.runs import proxy_config
 
 SINGLE = ParallelContext.single()
@@ -63,6 +67,7 @@ def test_each_mistake_changes_one_factor_of_the_table(tmp_path: Path) -> None:
             (Role.EXPERT_UP, Role.EXPERT_DOWN, Role.ROUTER), (1.0, 1.0, 4.0)
         ),
         "router_lr": {Role.ROUTER: (4.0, 1.0, 1.0)},
+        "router_init": {Role.ROUTER: (1.0, 2.0, 1.0)},
     }
     for mistake, factors in wrong.items():
         mistaken = table_with(mistake)(config)
@@ -116,6 +121,27 @@ def test_a_branch_starts_smaller_by_the_root_of_the_inner_width_of_its_experts(
     stay.
     """
     write_markov_chain(tmp_path / "text")
+    right = starts_of(tmp_path, Design())
+    assert right[1] / right[0] == pytest.approx(16**-0.5, rel=0.15)
+    wrong = starts_of(tmp_path, Design(by_fan_in))
+    assert wrong[0] == right[0] and wrong[1] / wrong[0] == pytest.approx(1.0, rel=0.15)
+
+
+class FanInTable(Table):
+    """Last matrices of experts start at 1 / sqrt(fan-in), whatever their granularity is."""
+
+    def _row(self, role: Role, width_ratio: float, matrix: Matrix | None) -> Row:
+        row = super()._row(role, width_ratio, matrix)
+        is_last = role is Role.EXPERT_DOWN
+        return replace(row, variance=1 / width_ratio if is_last else row.variance)
+
+
+def by_fan_in(config: Config) -> Table:
+    return as_class(FanInTable, table_of(config))
+
+
+def starts_of(folder: Path, design: Design) -> list[float]:
+    """The size of a routed branch at the start, at the proxy's inner width and 16 times that."""
     starts = []
     for inner in (32, 512):
         completep = {
@@ -125,12 +151,29 @@ def test_a_branch_starts_smaller_by_the_root_of_the_inner_width_of_its_experts(
             "allow_granularity_change": True,
         }
         moe = {**MOE, "ffn_hidden_size": inner}
-        config = proxy_config(tmp_path, model={"moe": moe}, completep=completep)
-        trial = Trial.build(config, SINGLE)
+        config = proxy_config(folder, model={"moe": moe}, completep=completep)
+        trial = Trial.build(config, SINGLE, design)
         (batches,) = read_batches(config, SINGLE, 1)
         probe = run_probe(trial, batches).experts
         starts.append(expert_figures(probe, probe, probe, SINGLE)["experts at init"])
-    assert starts[1] / starts[0] == pytest.approx(16**-0.5, rel=0.15)
+    return starts
+
+
+def test_scores_of_routers_start_closer_by_the_root_of_the_width_and_the_mistake_shows(
+    tmp_path: Path,
+) -> None:
+    """A router drawn as a hidden weight has scores whose spread no width changes."""
+    write_markov_chain(tmp_path / "text")
+    spreads: dict[str, list[float]] = {"right": [], "wrong": []}
+    for width in (32, 256):
+        config = reshape(with_base(config_of(tmp_path)), width, 2, 4)
+        (batches,) = read_batches(config, SINGLE, 1)
+        for name, design in (("right", Design()), ("wrong", Design(table_with("router_init")))):
+            probe = run_probe(Trial.build(config, SINGLE, design), batches).experts
+            figures = expert_figures(probe, probe, probe, SINGLE)
+            spreads[name].append(figures["score spread at init"])
+    assert spreads["right"][1] / spreads["right"][0] == pytest.approx(8**-0.5, rel=0.25)
+    assert spreads["wrong"][1] / spreads["wrong"][0] == pytest.approx(1.0, rel=0.25)
 
 
 def test_a_dense_model_has_no_rows_of_experts(tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from megatron_completep.instruments.float8_scales import (
     DO_NOT,
     HOLD,
     Run,
+    ScaleJob,
     bounds_of,
     cut_off,
     gradient_factor,
     judge,
+    settings_of,
 )
-from megatron_completep.instruments.trial import reshape, under
+from megatron_completep.instruments.trial import change, for_short_runs, reshape, under
 from megatron_completep.kernels.cpu.float8 import float8_cast
 from megatron_completep.tools.coordinate_check import main
 from tests.support.corpora import write_markov_chain
@@ -123,3 +125,16 @@ def test_the_program_measures_real_models_and_sees_scales_that_are_too_small(
     assert len(dynamic) == 8 and all(len(a) == 4 for run in dynamic for a in run["amax"].values())
     refused = programs.run(main, *words, "--model", "tests.instruments.own_model:right")
     assert refused.code == 2 and "Leave out --model and torchrun" in refused.err
+    unread = programs.run(main, *words, "--no-eps", "--beside", "mup")
+    assert unread.code == 2 and "does not read --beside, --no-eps" in unread.err
+
+
+def test_short_runs_are_without_float8_and_the_scales_keep_the_kind_of_weight_gradient(
+    tmp_path: Path,
+) -> None:
+    float8 = {"float8": "tensorwise", "float8_weight_gradient": "float8", "float8_least_size": 16}
+    config = change(proxy_config(tmp_path), training=float8)
+    short = for_short_runs(config, 4).training
+    assert (short.float8, short.float8_weight_gradient) == ("none", "high")
+    measured = settings_of(ScaleJob("model", "width", config, 4, "float32", 0)).training
+    assert (measured.float8, measured.float8_weight_gradient) == ("tensorwise", "float8")

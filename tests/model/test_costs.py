@@ -110,6 +110,15 @@ def kept_bytes(config: Config, recompute: str = "none") -> int:
             "balance": "none",
             "shared_ffn_hidden_size": 20,
         },
+        {"num_experts": 8, "top_k": 2, "balance_loss": 0.1, "router_z_loss": 0.1},
+        {
+            "num_experts": 8,
+            "top_k": 2,
+            "gate": "softmax",
+            "balance": "loss",
+            "balance_loss": 0.1,
+            "router_z_loss": 0.1,
+        },
     ],
 )
 @pytest.mark.parametrize("recompute", ["none", "selective"])

@@ -219,6 +219,18 @@ def test_a_value_that_its_type_cannot_hold_is_refused_with_the_nearest_that_it_c
     assert refusal(f"{setting}={value}", *PIPELINE) == message
 
 
+def test_a_coefficient_of_routers_that_its_type_cannot_hold_is_refused_and_others_are_planned():
+    losses = "balance_loss: 1e-45, router_z_loss: 0.5"
+    message = refusal(f"model.moe={{num_experts: 4, top_k: 2, {losses}}}")
+    assert "model.moe.balance_loss = 1e-45" in message  # halved by the depth
+    assert "the coefficient of a layer's balance loss is 5e-46" in message
+    assert "router_z_loss" not in message
+    fitting = "model.moe={num_experts: 4, top_k: 2, router_z_loss: 0.5}"
+    planned = "coefficients in each layer with experts: router z-loss 0.25"
+    assert planned in describe(config_with(fitting))
+    assert "coefficients in" not in describe(config_with("model.moe={num_experts: 4, top_k: 2}"))
+
+
 def test_float64_holds_what_float32_does_not():
     assert (
         check("training.precision=float64", "optimizer.base_eps=1e-46", "model.norm_eps=1e-46")

@@ -115,7 +115,9 @@ EXPERTS = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 24, "every": 2, "bia
 SOFTMAX_EXPERTS = {
     **EXPERTS,
     "gate": "softmax",
-    "balance": "none",
+    "balance": "loss",
+    "balance_loss": 0.02,
+    "router_z_loss": 0.01,
     "shared_ffn_hidden_size": 32,
     "first_dense_layers": 2,
 }
@@ -133,7 +135,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "mlp": {
         "dense": {},
         "experts": {"model": {"moe": EXPERTS}},
-        "experts, 2 ranks": {"model": {"moe": EXPERTS}},
+        "experts, 2 ranks": {"model": {"moe": {**EXPERTS, "balance_loss": 0.02}}},
         "softmax, shared, all ranks": {"model": {"moe": SOFTMAX_EXPERTS}},
     },
     "biases": {"none": {}, "all": {"model": {"bias": True}}},

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from megatron_completep.guards.hooks import SkippedSteps
 from megatron_completep.optim import gradient_buckets
+from megatron_completep.optim.balance import gather_loads
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.exchange import Exchange
 from megatron_completep.parallel.gradients import main_grad_of
@@ -28,6 +29,7 @@ class Trained:
 
     parameters: dict[str, Tensor]
     grad_norms: list[float]
+    loads: dict[str, list[float]]  # of each layer's experts in the last step, over all ranks
     live_bytes: int  # the most that full gradients took at once
     bucket_bytes: list[int]
     planned_bytes: int  # of full gradients
@@ -89,12 +91,14 @@ def train(rank: int, case: Case, live: int = gradient_buckets.LIVE) -> Trained:
             norms.append(optimizer.step(1e-2, loss_sum, tokens).grad_norm.item())
     optimizer.wait_for_parameters()
     shards = optimizer.shards
+    loads = gather_loads(shards, optimizer.loads)
     size = shards.master.element_size()
     reused = {p.bucket for p in shards.layout.pieces if shards.specs[p.name].uses > 1}
     bucket_bytes = [bucket.size * size for bucket in shards.layout.buckets]
     return Trained(
         copies(optimizer),
         norms,
+        {name: load.tolist() for name, load in loads.items()},
         storages.most,
         [n for number, n in enumerate(bucket_bytes) if number not in reused],
         rank_memory(config, 0, context.gradient.size, len(batches)).gradients,

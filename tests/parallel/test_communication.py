@@ -100,6 +100,14 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "model": {"moe": {**EXPERTS, "shared_ffn_hidden_size": 32}},
         },
     ),
+    "context 2, tensor 2 with sequence, balance loss and router z-loss, recomputed": (
+        4,
+        {
+            "parallel": {**SEQUENCE, **CONTEXT},
+            "model": {"moe": {**EXPERTS, "balance_loss": 0.02, "router_z_loss": 0.01}},
+            "training": {"recompute": "full"},
+        },
+    ),
     "context 2": (2, {"parallel": CONTEXT, "model": {"num_query_groups": 2}}),
     "context 2, tensor 2 with sequence, a group at a time, selectively recomputed": (
         4,

@@ -21,7 +21,7 @@ ALL = "softmax, shared, all ranks"
         ("tensor 2, sequence, data 2", ALL, {"recomputation": "full", "micro-batch": "2"}),
         ("data 4, optimizer over 2", TWO, {"recomputation": "selective", "documents": "apart"}),
         ("tensor 2, sequence, pipeline 2, 1f1b", TWO, {"dropout": "0.2"}),
-        ("pipeline 2, zero-bubble, data 2, optimizer over 1", "experts", {}),
+        ("pipeline 2, zero-bubble, data 2, optimizer over 1", TWO, {}),
         ("context 2 by heads, tensor 2, sequence", TWO, {"recomputation": "full"}),
     ],
 )

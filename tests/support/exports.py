@@ -21,7 +21,15 @@ TIED_LLAMA: dict[str, Any] = {
 }
 QWEN3: dict[str, Any] = {"qk_norm": True, "num_query_groups": 2, "head_dim": 12}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "gate": "softmax", "balance": "none"}
-SHARED_EXPERTS: dict[str, Any] = {**EXPERTS, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 16}
+SHARED_EXPERTS: dict[str, Any] = {
+    **EXPERTS,
+    "ffn_hidden_size": 24,
+    "shared_ffn_hidden_size": 16,
+    # Losses train and are no part of the function that is exported.
+    "balance": "loss",
+    "balance_loss": 0.01,
+    "router_z_loss": 1e-3,
+}
 # Tunable factors far from 1, so that none hides behind the table's.
 FACTORS = {
     "input_multiplier": 3.0,

@@ -97,31 +97,31 @@ def layers(
     """
     product = shape.products.linear
     activation = ACTIVATION_DEFINITIONS[shape.activation]
-    for own in weights:
+    for layer in weights:
         if out is not None:
             residual = reference.scaled_add(residual, out, bias, shape.join)
-        x = reference.norm(residual, own.attention_norm, own.attention_norm_bias, shape.norm)
-        mixed = attention(shape, product(x, own.qkv, own.qkv_bias), own, cos, sin)
-        out = product(mixed, own.output)
-        residual = reference.scaled_add(residual, out, own.output_bias, shape.join)
-        x = reference.norm(residual, own.mlp_norm, own.mlp_norm_bias, shape.norm)
-        out = product(activation(product(x, own.up, own.up_bias)), own.down)
-        bias = own.down_bias
+        x = reference.norm(residual, layer.attention_norm, layer.attention_norm_bias, shape.norm)
+        mixed = attention(shape, product(x, layer.qkv, layer.qkv_bias), layer, cos, sin)
+        out = product(mixed, layer.output)
+        residual = reference.scaled_add(residual, out, layer.output_bias, shape.join)
+        x = reference.norm(residual, layer.mlp_norm, layer.mlp_norm_bias, shape.norm)
+        out = product(activation(product(x, layer.up, layer.up_bias)), layer.down)
+        bias = layer.down_bias
     assert out is not None
     return residual, out
 
 
 def attention(
-    shape: LayerShape, qkv: Tensor, own: LayerWeights, cos: Tensor | None, sin: Tensor | None
+    shape: LayerShape, qkv: Tensor, layer: LayerWeights, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
     """Causal attention of [S, B, (N + 2G) D] -> [S, B, N D]."""
     groups = shape.num_groups
     heads = qkv.view(*qkv.shape[:-1], shape.num_heads + 2 * groups, shape.head_dim)
     q, k, v = heads.split((shape.num_heads, groups, groups), dim=2)
     if shape.head_norm is not None:
-        assert own.q_gain is not None and own.k_gain is not None
-        q = reference.norm(q, own.q_gain, None, shape.head_norm)
-        k = reference.norm(k, own.k_gain, None, shape.head_norm)
+        assert layer.q_gain is not None and layer.k_gain is not None
+        q = reference.norm(q, layer.q_gain, None, shape.head_norm)
+        k = reference.norm(k, layer.k_gain, None, shape.head_norm)
     if cos is not None and sin is not None:
         q = reference.rotary(q, cos, sin)
         k = reference.rotary(k, cos, sin)

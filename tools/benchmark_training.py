@@ -14,7 +14,7 @@ with clip_grad_norm_ and fused torch.optim.AdamW. Ratio: our median step time ov
 below 1 ours is faster. Model FLOPs as stated in megatron_completep/model/flops.py.
 
 On a CPU a sweep follows: the points of `lr_transfer.py sweep` that all cores train in an hour, at
-the shape of a proxy (16 layers x 64), beside the same points by a compiled plain loop.
+the shape of a proxy (16 layers x 64), beside the same points by a plain loop, both compiled.
 """
 
 import argparse
@@ -217,9 +217,9 @@ def report(results: Sequence[tuple[str, Comparison]], sweep: SweepComparison | N
     if sweep is not None:
         lines += [
             f"sweep, {sweep.workers} workers ({sweep.points} points)",
-            f"  ours            {sweep.our_points_an_hour:8,.0f} points an hour",
+            f"  ours, compiled  {sweep.our_points_an_hour:8,.0f} points an hour",
             f"  plain, compiled {sweep.plain_points_an_hour:8,.0f} points an hour",
-            f"  ours / plain, compiled: {sweep.ratio:.3f} of the time a point   "
+            f"  ours / plain: {sweep.ratio:.3f} of the time a point   "
             f"(95 %: {sweep.ratio_low:.3f} to {sweep.ratio_high:.3f}; "
             f"in processor time {sweep.cpu_time_ratio:.3f})",
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .. import reference
 from ..reference import Join, Norm
 from . import pointwise
 from . import residual_norm as cpu_norm
+
+_Result = TypeVar("_Result")
 
 SHAPES = 64  # for which torch compiles one function, before it runs the next one uncompiled
 
@@ -42,6 +44,7 @@ class CompiledDefinitions:
         # Older versions know the limit as a global setting alone, which stays as it is.
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options["recompile_limit"] = SHAPES
+        self._options = options
         self.norm_forward = torch.compile(reference.norm_with_statistics, **options)
         self.residual_norm_forward = torch.compile(
             reference.residual_norm_with_statistics, **options
@@ -54,6 +57,11 @@ class CompiledDefinitions:
         self.join_heads = torch.compile(reference.join_heads, **options)
         self.rotary = torch.compile(reference.rotary, **options)
         self.rotary_ = torch.compile(_rotary_, **options)
+
+    def graph(self, function: Callable[..., _Result]) -> Callable[..., _Result]:
+        """A function of tensors, compiled as a whole when it is first called."""
+        compiled: Callable[..., _Result] = torch.compile(function, **self._options)
+        return compiled
 
     def residual_norm_backward(
         self,

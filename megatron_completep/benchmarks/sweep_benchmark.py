@@ -1,4 +1,4 @@
-"""Points an hour of a learning-rate sweep, beside the same points by a compiled plain loop.
+"""Points an hour of a learning-rate sweep, beside the same points by a plain loop, both compiled.
 
 Both are trained by the workers of one pool, one thread each as in `lr_transfer sweep`, and in turn,
 so that they see the same machine. What a worker does once (imports, compilation) is left out.
@@ -22,6 +22,8 @@ import torch
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
 from megatron_completep.benchmarks.training_benchmark import (
+    OURS,
+    PLAIN,
     BenchmarkSettings,
     Say,
     bootstrap_ratio,
@@ -43,6 +45,7 @@ class SweepSettings:
     """What is timed: points of a model, of `steps` steps on `batch_size` sequences each.
 
     points: timed points a worker, after one that is not timed.
+    compile: both programs.
     """
 
     model: ModelConfig
@@ -50,7 +53,7 @@ class SweepSettings:
     steps: int = 40
     points: int = 4
     workers: int = 2
-    compile_plain: bool = True
+    compile: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,9 @@ def compare_sweeps(settings: SweepSettings, say: Say) -> SweepComparison:
             for point in points:
                 # Plain data, which can be sent to another process.
                 values = point.config.model_dump(mode="json")
-                ours = pool.submit(time_point, values, "ours")
-                plain = "compiled plain" if settings.compile_plain else "plain"
+                ours = pool.submit(time_point, values, OURS)
                 # Jobs start in this order, so that the two programs see the same machine.
-                jobs.append((ours, pool.submit(time_point, values, plain)))
+                jobs.append((ours, pool.submit(time_point, values, PLAIN)))
             times = [(ours.result(), plain.result()) for ours, plain in jobs]
     return summarize_sweeps(settings.workers, times)
 
@@ -110,7 +112,7 @@ def sweep_points(settings: SweepSettings, folder: Path) -> list[Point]:
     with IndexedWriter(prefix, np.int32) as writer:
         writer.add_document([generator.integers(0, model.vocab_size, tokens)])
 
-    shape = BenchmarkSettings(model, settings.batch_size)
+    shape = BenchmarkSettings(model, settings.batch_size, compile=settings.compile)
     config = change(
         run_config(shape, "float32"),
         data={"train": [SourceConfig(prefix=str(prefix))]},
@@ -124,19 +126,17 @@ def sweep_points(settings: SweepSettings, folder: Path) -> list[Point]:
 
 
 def time_point(config_values: dict[str, Any], program: str) -> PointTime:
-    """Train one point in a worker, on one thread. program: "ours", "plain", "compiled plain"."""
+    """Train one point in a worker, on one thread. program: OURS or PLAIN."""
     torch.set_num_threads(1)
     config = config_from_mapping(config_values)
     clock = time.perf_counter()
     processor = time.process_time()
-    if program == "ours":
-        run_point(config)
-    else:
-        run_plain_point(config, compile_model=program == "compiled plain")
+    train = run_point if program == OURS else run_plain_point
+    train(config)
     return PointTime(os.getpid(), time.perf_counter() - clock, time.process_time() - processor)
 
 
-def run_plain_point(config: Config, compile_model: bool) -> float:
+def run_plain_point(config: Config) -> float:
     """The same point by a loop over a plain torch model; returns its last loss."""
     torch.manual_seed(config.training.seed)
     model = PlainGPT(config.model, table_of(config))
@@ -148,7 +148,7 @@ def run_plain_point(config: Config, compile_model: bool) -> float:
         weight_decay=config.optimizer.base_weight_decay,
         fused=True,
     )
-    forward = torch.compile(model) if compile_model else model
+    forward = torch.compile(model) if config.training.compile else model
     steps = config.training.train_steps
     loss_value = math.nan
     batches = read_batches(config, ParallelContext.single(), steps)

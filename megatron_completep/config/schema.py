@@ -369,7 +369,8 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Operations between products as torch.compile's: on a CPU in float32 and bf16.",
+        description="Compiled by torch.compile on a CPU: in float32 whole layers where nothing is "
+        "split over ranks, else and in bf16 the operations between products.",
     )
     deterministic: bool = Field(
         False,

@@ -80,7 +80,9 @@ class Block(nn.Module):
     """One decoder layer; it registers submodules NAME_norm and NAME for each branch."""
 
     # For type checkers and tests; only the default BRANCHES have these names.
+    attention_norm: StreamNorm
     attention: Attention
+    mlp_norm: StreamNorm
     mlp: MLP
 
     def __init__(

@@ -1,4 +1,7 @@
-"""What training.compile turns on: the operations between products as their compiled definitions."""
+"""What training.compile turns on: the operations between products as their compiled definitions.
+
+For small models whole layers are compiled of the same definitions, see layer_graph.py.
+"""
 
 from __future__ import annotations
 

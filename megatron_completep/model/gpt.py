@@ -21,6 +21,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import BRANCHES, Block, BranchMaker
 from megatron_completep.model.flash import document_parts
+from megatron_completep.model.layer_graph import LayerGraphs, idle_reason
 from megatron_completep.model.norm import StreamNorm, join_of
 from megatron_completep.model.rotary import alibi_slopes, rotary_angles
 from megatron_completep.model.stream import Branch, Stream
@@ -90,6 +91,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict()
         for layer in range(chunk_range.start, chunk_range.stop):
             self.layers[str(layer)] = Block(model, table, layer_context, layer, recompute, branches)
+        self._add_layer_graphs(layer_context)
         if chunk_range.has_unembedding:
             self._add_unembedding(layer_context, loss or LossConfig())
 
@@ -101,6 +103,18 @@ class GPT(nn.Module):
         self.embedding = VocabParallelEmbedding(*vocabulary, context, uses, self._tied_to)
         if model.position == "learned":
             self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context)
+
+    def _add_layer_graphs(self, context: LayerContext) -> None:
+        """Have layers run as graphs where that is asked for and serves the model."""
+        own_branches = self.branch_makers is not BRANCHES
+        # Why they do not; None where they do.
+        self.graphs_idle: str | None = "nothing is compiled"
+        if context.compiled is not None:
+            self.graphs_idle = idle_reason(self.config, context, self.recompute, own_branches)
+        self.layer_graphs: LayerGraphs | None = None
+        if self.graphs_idle is None:
+            blocks = [block for _, block in self.blocks()]
+            self.layer_graphs = LayerGraphs(self.config, blocks, context)
 
     def _add_unembedding(self, context: LayerContext, loss: LossConfig) -> None:
         model = self.config
@@ -165,11 +179,7 @@ class GPT(nn.Module):
             inputs = replace(inputs, counted=counted)
         seeds = None if dropout_seeds is None else dropout_seeds[0]
         stream = Stream(residual, self.first_branch, seeds)
-        for _, block in self.blocks():
-            if self.recompute == "full" and torch.is_grad_enabled():
-                stream = self._recomputed(block, stream, inputs)
-            else:
-                stream = block(stream, inputs)
+        stream = self._through_layers(stream, inputs)
         if not self.chunk_range.has_unembedding:
             # The next stage receives one tensor, so the pending branch is added here, without a
             # norm.
@@ -213,6 +223,18 @@ class GPT(nn.Module):
         return [
             KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers
         ]
+
+    def _through_layers(self, stream: Stream, inputs: AttentionInputs) -> Stream:
+        if self.layer_graphs is not None and self.layer_graphs.serves(stream, inputs):
+            for run in self.layer_graphs.runs:
+                stream = run(stream, inputs)
+            return stream
+        for _, block in self.blocks():
+            if self.recompute == "full" and torch.is_grad_enabled():
+                stream = self._recomputed(block, stream, inputs)
+            else:
+                stream = block(stream, inputs)
+        return stream
 
     @staticmethod
     def _recomputed(block: Block, stream: Stream, inputs: AttentionInputs) -> Stream:

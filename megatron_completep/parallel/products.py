@@ -27,6 +27,7 @@ from megatron_completep.parallel.onednn import (
     least_work,
 )
 from megatron_completep.parallel.sequence import SequencePart
+from megatron_completep.parallel.traced import TracedProducts
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
@@ -42,6 +43,10 @@ class Products:
     def of(self, weight: Parameter) -> Products:
         """The products of one weight; other libraries may treat weights differently."""
         return self
+
+    def traced(self) -> TracedProducts | None:
+        """These products inside a compiled graph; None: they cannot be part of one."""
+        return TracedProducts() if type(self) is Products else None
 
     def forward_of_part(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: SequencePart
@@ -88,6 +93,9 @@ class OneDnnProducts(Products):
         """least: how large a product must be for oneDNN to compute it."""
         self._linear = linear
         self._least = least
+
+    def traced(self) -> TracedProducts:
+        return TracedProducts(self._least)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # Multiplications of the product: tokens x in x out. Below the bound the call costs more

@@ -9,7 +9,7 @@ S sequence, B micro-batch, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,24 +65,20 @@ class StreamTaps:
         self.streams: dict[str, list[Tensor]] = {}
         self.normed: list[Tensor] = []
         self.final_site: str | None = None
-        self._recording = False
+        self._sites: list[tuple[str, nn.Module]] = []
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 role = role_of(module)
                 if role not in STREAM_ROLES:
                     continue
-                is_final = role == Role.FINAL_NORM
-                # The hook stays for good and does nothing until `recording` asks for it.
-                module.register_forward_hook(self._hook(name, is_final))
-                if is_final:
+                self._sites.append((name, module))
+                if role == Role.FINAL_NORM:
                     self.final_site = name
 
     def _hook(self, name: str, is_final: bool) -> StreamHook:
         def record(
             _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Stream, Tensor]
         ) -> None:
-            if not self._recording:
-                return
             # Our norm first adds the branch that waits in the stream. Its input is not the whole
             # stream yet, so the stream is taken from its output.
             if isinstance(output, tuple):
@@ -103,11 +99,12 @@ class StreamTaps:
         """Record the forward passes inside the block, and nothing from before it."""
         self.streams = {}
         self.normed = []
-        self._recording = True
-        try:
+        with ExitStack() as hooks:
+            # They do not stay: layers with hooks are not compiled as a whole.
+            for name, module in self._sites:
+                hook = self._hook(name, name == self.final_site)
+                hooks.enter_context(module.register_forward_hook(hook))
             yield self
-        finally:
-            self._recording = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ an alarm line says which one left its band.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,28 +139,22 @@ class LogitTaps:
 
     def __init__(self, chunks: Sequence[torch.nn.Module]):
         self.maxima: list[Tensor] = []
-        self._recording = False
+        self._attentions: list[Attention] = []
         for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, Attention):
-                    module.register_forward_pre_hook(self._look)
+            self._attentions += [m for m in chunk.modules() if isinstance(m, Attention)]
 
-    def recording(self) -> LogitTaps:
-        """A block in which forward passes are recorded, and nothing from before it."""
+    @contextmanager
+    def recording(self) -> Iterator[LogitTaps]:
+        """Record the forward passes inside the block, and nothing from before it."""
         self.maxima = []
-        return self
-
-    def __enter__(self) -> LogitTaps:
-        self._recording = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._recording = False
+        with ExitStack() as hooks:
+            # They do not stay: layers with hooks are not compiled as a whole.
+            for attention in self._attentions:
+                hooks.enter_context(attention.register_forward_pre_hook(self._look))
+            yield self
 
     @torch.no_grad()
     def _look(self, attention: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not self._recording:
-            return
         assert isinstance(attention, Attention)
         x, inputs = arguments
         first_sequence = AttentionInputs(

@@ -26,6 +26,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import idle_reason
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.layer_graph import LAYERS_A_GRAPH
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.hook import Hook
 from megatron_completep.run.starts import STARTS, append_start
@@ -289,8 +290,27 @@ def describe_run(
         f"x data {context.data.size}{sharing}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
         f"x {model.seq_length} tokens -> {training.output_dir}"
+        + "".join(_compiled(config, context, precision, chunks))
         + "".join(_warnings(config, context, precision))
     )
+
+
+def _compiled(
+    config: Config, context: ParallelContext, precision: torch.dtype, chunks: Sequence[GPT]
+) -> Iterator[str]:
+    """A line that says what training.compile compiles, if anything."""
+    if not config.training.compile or idle_reason(context.device, precision) is not None:
+        return
+    for chunk in chunks[:1]:  # all are alike
+        reason = chunk.graphs_idle
+        if precision != torch.float32:
+            reason = "not in float32"
+        elif chunk.layer_graphs is not None and chunk.layer_graphs.hooked:
+            reason = "modules wait for their parameters, or are watched"
+        if reason is None:
+            yield f"\ncompiled: layers, {LAYERS_A_GRAPH} a graph"
+        else:
+            yield f"\ncompiled: operations between products; no whole layers: {reason}"
 
 
 def _warnings(config: Config, context: ParallelContext, precision: torch.dtype) -> Iterator[str]:

@@ -20,7 +20,7 @@ from megatron_completep.instruments.sweep import run_point
 from tests.support.models import model_config
 
 SETTINGS = SweepSettings(
-    model_config(**KINDS["swiglu"]), 2, steps=3, points=1, workers=1, compile_plain=False
+    model_config(**KINDS["swiglu"]), 2, steps=3, points=1, workers=1, compile=False
 )
 
 
@@ -31,7 +31,7 @@ def test_both_programs_train_the_points_of_a_sweep(tmp_path: Path) -> None:
     assert run_point(config)["steps"] == config.training.train_steps == 3
     # Random tokens: both stay near a uniform guess, above which logits times 8 lift them a little.
     guess = math.log(config.model.vocab_size)
-    assert run_plain_point(config, compile_model=False) == pytest.approx(guess, rel=0.2)
+    assert run_plain_point(config) == pytest.approx(guess, rel=0.2)
     assert run_point(config)["train_loss"] == pytest.approx(guess, rel=0.2)
 
 

@@ -65,6 +65,7 @@ def operators_of_passes(kind: str, layers: int, dtype: torch.dtype, compiled: bo
     table = table_for(config)
     definitions = CompiledDefinitions(as_one_event) if compiled else None
     gpt = GPT(config, table, ParallelContext.single(), compiled=definitions)
+    gpt.layer_graphs = None  # the operations alone, not the graphs of whole layers
     initialize(gpt, table, optimizer_config(), 1)
     optimizer = build_optimizer(gpt, table, precision=dtype)
     tokens, labels = batch_of(config)

@@ -98,7 +98,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return called
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The other two have all that this one has, but for its activation.
+PLAIN = "swiglu, grouped queries"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == PLAIN else ()) for name in MODELS],
+)
 def test_graphs_give_the_losses_and_parameters_of_the_blocks(name: str, runs: list[int]) -> None:
     compare(step_of("aot_eager", **MODELS[name]), step_of(None, **MODELS[name]), 1e-5)
     assert runs == [1, LAYERS_A_GRAPH] * 4 * 3  # micro-batches, steps

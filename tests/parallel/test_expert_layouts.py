@@ -22,7 +22,12 @@ ALL = "softmax, shared, all ranks"
         ("data 4, optimizer over 2", TWO, {"recomputation": "selective", "documents": "apart"}),
         ("tensor 2, sequence, pipeline 2, 1f1b", TWO, {"dropout": "0.2"}),
         ("pipeline 2, zero-bubble, data 2, optimizer over 1", TWO, {}),
-        ("context 2 by heads, tensor 2, sequence", TWO, {"recomputation": "full"}),
+        pytest.param(
+            "context 2 by heads, tensor 2, sequence",
+            TWO,
+            {"recomputation": "full"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_layout_of_experts_equals_one_process(pool, layout, mlp, others):

@@ -33,7 +33,7 @@ from tests.parallel.features import (
     run_row,
 )
 
-SLICE = 7  # rows of `make test`
+SLICE = 5  # rows of `make test`
 
 
 @cache

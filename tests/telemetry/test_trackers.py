@@ -222,6 +222,7 @@ for steps in ("stop_at_step=6", "stop_at_step=null"):  # the second start resume
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     len(HERE) < 2, reason="wandb and trackio are not both installed (extra `tracking`)"
 )

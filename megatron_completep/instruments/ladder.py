@@ -56,7 +56,8 @@ class Ladder:
     """All that a ladder's runs follow from.
 
     rules: parameterizations; the first one is the ladder's, the others are controls. study: shapes
-    of other ratios N : L at the compute of a rung, by the rung's name.
+    of other ratios N : L at the compute of a rung, by the rung's name. ratio: N / L that was asked
+    of the rungs, and is of every forecast.
     """
 
     proxy: Config
@@ -66,6 +67,7 @@ class Ladder:
     checks_lr: bool
     study: dict[str, tuple[Shape, ...]]
     target: Target | None
+    ratio: float
 
 
 class Run(NamedTuple):
@@ -102,6 +104,7 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
 
     Raises ConfigError for a wish that gives no ladder.
     """
+    _check_rules(wish.rules)
     family = Family(proxy)
     per_parameter = wish.scaling.tokens_per_parameter
     own_shape = family.shape(proxy.model.hidden_size, proxy.model.num_layers)
@@ -134,6 +137,7 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
         wish.checks_lr,
         study,
         _target(family, wish, rungs),
+        wish.ratio,
     )
 
 
@@ -159,6 +163,16 @@ def _study(family: Family, wish: Wish, own: Shape, flops: float) -> tuple[Shape,
         if abs(choice.miss) <= STUDY_MISS and choice.shape not in (own, *shapes):
             shapes.append(choice.shape)
     return tuple(shapes)
+
+
+def _check_rules(rules: Sequence[str]) -> None:
+    """Raises ConfigError for a rule that is named twice: its seeds would count twice."""
+    repeated = sorted({rule for rule in rules if rules.count(rule) > 1})
+    if repeated:
+        raise ConfigError(
+            f"--parameterizations {','.join(rules)}: {', '.join(repeated)} stands there more than "
+            "once. Name each rule once."
+        )
 
 
 def _seeds(wish: Wish) -> list[int]:
@@ -270,7 +284,7 @@ def save(ladder: Ladder, folder: Path) -> None:
     """
     path = folder / "ladder.json"
     content = json.loads(json.dumps(_to_json(ladder)))
-    if path.exists() and read_json_object(path) != content:
+    if path.exists() and _with_ratio(read_json_object(path)) != content:
         raise DataError(
             f"{path}: the folder holds another ladder. Plan into another folder, or remove this "
             "file; finished runs stay, and those that the new ladder shares are not run again."
@@ -307,7 +321,15 @@ def _to_json(ladder: Ladder) -> dict[str, Any]:
     return {"format": FORMAT, **content}
 
 
+def _with_ratio(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ladder.json; one of before the ratio was kept has the proxy's."""
+    if "ratio" in content or "proxy" not in content:
+        return content
+    return {**content, "ratio": ratio_of(config_from_mapping(content["proxy"]))}
+
+
 def _from_json(content: dict[str, Any]) -> Ladder:
+    content = _with_ratio(content)
     rungs = []
     for entry in content["rungs"]:
         rungs.append(Rung(entry["name"], Shape(**entry["shape"]), entry["seeds"]))
@@ -325,6 +347,7 @@ def _from_json(content: dict[str, Any]) -> Ladder:
         content["checks_lr"],
         study,
         target,
+        content["ratio"],
     )
 
 

@@ -20,6 +20,7 @@ from megatron_completep.instruments.ladder_fit import (
     Fit,
     Noise,
     fit,
+    mean_of,
     means_and_noise,
 )
 from megatron_completep.instruments.run_shape import Shape
@@ -36,14 +37,19 @@ class Finished:
     name: str
     shape: Shape
     flops: float  # of one run
-    losses: tuple[float, ...]  # by seed; infinite: diverged
+    by_seed: dict[int, float]  # losses by the seed's number; infinite: diverged
     tau: float | None  # of the hidden weights' decay
     curve: Array | None  # [CURVE_GROUPS] training losses, mean over seeds
 
     @property
     def loss(self) -> float:
         """The mean over seeds."""
-        return float(np.mean(self.losses))
+        return mean_of(self.by_seed)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Those of the seeds that are finished, in order."""
+        return tuple(self.by_seed.values())
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def analyse(ladder: Ladder, folder: Path) -> list[RuleAnalysis]:
 
 def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results) -> RuleAnalysis:
     rungs = tuple(_finished(ladder, planned, results))
-    finite = [rung.losses for rung in rungs if np.isfinite(rung.losses).all()]
+    finite = [rung.by_seed for rung in rungs if np.isfinite(rung.losses).all()]
     noise = means_and_noise(finite)[1] if finite else Noise(math.nan, 0)
     law, reason = _law(rungs)
     target: Estimate | None = None
@@ -166,16 +172,20 @@ def _finished(ladder: Ladder, planned: Sequence[Run], results: Results) -> list[
     rungs = []
     for rung in ladder.rungs:
         rung_runs = [run for run in planned if run.rung == rung.name and run.kind == "rung"]
-        done = [results[run.point.key] for run in rung_runs if run.point.key in results]
+        done = {}
+        for run in rung_runs:
+            if run.point.key in results:
+                done[run.point.seed] = results[run.point.key]
         if not done:
             continue
         config = rung_runs[0].point.config
         scales = list(timescales(config, table_of(config)))
-        losses = tuple(sweep.loss_of(result) for result in done)
+        losses = {seed: sweep.loss_of(result) for seed, result in done.items()}
         # A run that diverged ended early.
-        flops = max(result["flops"] for result in done)
+        flops = max(result["flops"] for result in done.values())
         tau = scales[0].run if scales else None
-        rungs.append(Finished(rung.name, rung.shape, flops, losses, tau, _mean_curve(done)))
+        curve = _mean_curve(list(done.values()))
+        rungs.append(Finished(rung.name, rung.shape, flops, losses, tau, curve))
     return rungs
 
 
@@ -194,7 +204,7 @@ def _mean_curve(results: Sequence[dict[str, Any]]) -> Array | None:
 def _law(rungs: Sequence[Finished]) -> tuple[Fit | None, str]:
     """(the law, ""), or (None, why there is none)."""
     try:
-        return fit([rung.flops for rung in rungs], [rung.losses for rung in rungs]), ""
+        return fit([rung.flops for rung in rungs], [rung.by_seed for rung in rungs]), ""
     except DataError as error:
         return None, str(error)
 
@@ -206,7 +216,7 @@ def holdout(rungs: Sequence[Finished]) -> Holdout | None:
     if law is None:
         return None
     top = rungs[-1]
-    forecast = law.forecast_of(top.flops, len(top.losses))
+    forecast = law.forecast_of(top.flops, list(top.by_seed))
     return Holdout(top.name, forecast, top.loss, law.verdict(forecast))
 
 

@@ -19,6 +19,7 @@ from megatron_completep.instruments.ladder import Ladder
 from megatron_completep.instruments.ladder_analysis import (
     COLLAPSES,
     DIFFERS,
+    Finished,
     RuleAnalysis,
     analyse,
 )
@@ -60,7 +61,7 @@ def predict(folder: Path, sizes: Sizes, say: Say = lambda text: None) -> dict[st
     if analysis.law is None:
         raise DataError(f"{folder}: {analysis.reason}")
     per_parameter = ladder.scaling.tokens_per_parameter
-    asked = Asked(ladders.ratio_of(ladder.proxy), per_parameter, *sizes)
+    asked = Asked(ladder.ratio, per_parameter, *sizes)
     shape = Family(ladder.proxy).choose(asked).shape
     flops = shape.run_flops(per_parameter)
     estimate = analysis.law.forecast(flops, seeds=1)
@@ -89,7 +90,7 @@ def rule_to_json(analysis: RuleAnalysis) -> dict[str, Any]:
     law = analysis.law
     fields: dict[str, Any] = {
         "rule": analysis.rule,
-        "rungs": [{**asdict(r), "curve": _listed(r.curve)} for r in analysis.rungs],
+        "rungs": [_rung_to_json(rung) for rung in analysis.rungs],
         "noise": asdict(analysis.noise),
         "law": None if law is None else {**asdict(law.law), "misfit": law.misfit},
         "residuals": None if law is None else law.residuals.tolist(),
@@ -108,8 +109,12 @@ def rule_to_json(analysis: RuleAnalysis) -> dict[str, Any]:
     return fields
 
 
-def _listed(curve: Any) -> list[float] | None:
-    return None if curve is None else curve.tolist()
+def _rung_to_json(rung: Finished) -> dict[str, Any]:
+    curve = None if rung.curve is None else rung.curve.tolist()
+    seeds = list(rung.by_seed)
+    fields = {**asdict(rung), "seeds": seeds, "losses": list(rung.losses), "curve": curve}
+    del fields["by_seed"]
+    return fields
 
 
 def loss_text(estimate: Estimate) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from megatron_completep.config import Config, load_config, save_config
 from megatron_completep.config.derived import total_tokens
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.instruments import ladder as ladders
-from megatron_completep.instruments import sweep
+from megatron_completep.instruments import ladder_report, sweep
 from megatron_completep.instruments.derive import Scaling
 from megatron_completep.instruments.ladder import Ladder, Wish, plan, runs
 from megatron_completep.instruments.ladder_analysis import analyse, curve_spread, end_of
@@ -52,10 +53,16 @@ def wish(**changes: object) -> Wish:
     return Wish(**settings)
 
 
-def write_results(ladder: Ladder, folder: Path, moved: float = 0.0, wrong: float = 0.0) -> None:
+def write_results(
+    ladder: Ladder,
+    folder: Path,
+    moved: float = 0.0,
+    wrong: float = 0.0,
+    effects: Sequence[float] = (0.0, 0.0, 0.0),
+) -> None:
     """Results of a known law; moved: nats that twice the rate is better at the top rung.
 
-    wrong: nats that the top rung lies above the law.
+    wrong: nats that the top rung lies above the law. effects: nats of each seed, on all rungs.
     """
     random = np.random.default_rng(0)
     for run in runs(ladder):
@@ -64,7 +71,7 @@ def write_results(ladder: Ladder, folder: Path, moved: float = 0.0, wrong: float
         flops = rung.shape.run_flops(ladder.scaling.tokens_per_parameter)
         is_top = rung is ladder.rungs[-1]
         loss = 1.0 + 2.0 * (flops / 1e8) ** -0.15 + 0.002 * random.standard_normal()
-        loss += wrong * is_top + 0.1 * abs(run.octaves)
+        loss += wrong * is_top + 0.1 * abs(run.octaves) + effects[point.seed]
         if run.octaves == 1 and is_top and moved:
             loss -= 0.1 + moved
         parts = np.linspace(0.01, 1, sweep.CURVE_PARTS)
@@ -104,6 +111,42 @@ def test_rungs_that_do_not_grow_and_targets_below_them_are_refused(tmp_path: Pat
         plan(config, wish(target=Asked(8.0, 1.0, flops=1e9)))
     with pytest.raises(ConfigError, match="2 numbers for 5 rungs"):
         plan(config, wish(seeds=(1, 2)))
+    # Its seeds would count twice.
+    with pytest.raises(ConfigError, match="completep stands there more than once"):
+        plan(config, wish(rules=("completep", "mup", "completep")))
+
+
+def test_a_forecast_has_the_shape_that_the_ladder_was_asked_for(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(ratio=16.0))
+    ladders.save(ladder, tmp_path)
+    write_results(ladder, tmp_path)
+    figures = ladder_report.predict(tmp_path, (None, None, 6))
+    assert (figures["num_layers"], figures["hidden_size"]) == (6, 96)
+    # The same ladder is planned anew over a folder of before the ratio was kept, which has the
+    # proxy's.
+    own = plan(proxy(tmp_path), wish())
+    ladders.save(own, tmp_path / "old")
+    path = tmp_path / "old/ladder.json"
+    content = json.loads(path.read_text())
+    del content["ratio"]
+    path.write_text(json.dumps(content))
+    assert ladders.load(tmp_path / "old") == own
+    ladders.save(own, tmp_path / "old")
+    assert json.loads(path.read_text())["ratio"] == 8.0
+
+
+def test_runs_that_are_missing_leave_the_others_with_their_seeds(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,)))
+    write_results(ladder, tmp_path, effects=(0.03, 0.02, -0.05))
+    (whole,) = analyse(ladder, tmp_path)
+    for run in runs(ladder):
+        if run.rung in ("02", "05") and run.point.seed == 0 and run.kind == "rung":
+            sweep.result_path(tmp_path, run.point).unlink()
+    (gappy,) = analyse(ladder, tmp_path)
+    assert list(gappy.rungs[1].by_seed) == [1, 2]
+    assert gappy.noise.sigma < 2 * whole.noise.sigma
+    assert abs(gappy.holdout.miss) < 0.01
+    assert abs(whole.holdout.miss) < 0.01
 
 
 def test_a_known_ladder_is_forecast_and_a_wrong_top_rung_is_seen(tmp_path: Path):

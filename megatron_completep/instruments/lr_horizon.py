@@ -1,8 +1,9 @@
 """How the best learning rate falls with the length of a run, and how well it transfers over sizes.
 
 The exponent of the length is contested (docs/parameterization.md), so that it is fitted to a
-recipe: with the best rate proportional to tokens^-d at a fixed batch, d is what
-completep.duration_exponent takes.
+recipe: with the best peak rate proportional to tokens^-d at a fixed batch, d is what
+completep.duration_exponent takes. A proxy that names completep.base_total_tokens scales its rates
+with the length already: the peak counts, and not the base rate of the grid.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 
 @dataclass(frozen=True)
 class Horizon:
-    """The exponent d of best learning rate ~ tokens^-d, of one shape under one rule.
+    """The exponent d of best peak learning rate ~ tokens^-d, of one shape under one rule.
 
     error: its standard error. verdict: `fitted`, or `unresolved` with a reason.
     """
@@ -88,7 +89,11 @@ def horizon(curves: Sequence[Curve]) -> Horizon:
     """The exponent of curves of one shape by ascending length."""
     lengths = [math.log2(curve.train_steps) for curve in curves]
     # d is the negative of the slope.
-    estimate = slope_of_optima(curves, [-length for length in lengths])
+    falling = [-length for length in lengths]
+    of_base = slope_of_optima(curves, falling)
+    # What the length does to the peak at one base rate; it has no noise.
+    of_scale = slope(falling, [curve.log2_scale for curve in curves])
+    estimate = Estimate(of_base.value + of_scale, of_base.low + of_scale, of_base.high + of_scale)
     at_edge = any(curve.optimum().at_edge for curve in curves)
     shortest = curves[0]
     return Horizon(

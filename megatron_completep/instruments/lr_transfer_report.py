@@ -130,7 +130,7 @@ def _saving_line(saving: Saving) -> str:
 def _horizon_line(horizon: Horizon) -> str:
     shape = f"{horizon.num_layers} x {horizon.hidden_size}"
     name = f"{horizon.parameterization:<11} wd {horizon.base_weight_decay:g}, {shape}"
-    return f"{name}: best lr ~ tokens^-d, d = {horizon.exponent}: {horizon.verdict}"
+    return f"{name}: best peak lr ~ tokens^-d, d = {horizon.exponent}: {horizon.verdict}"
 
 
 def build(analysis: Analysis) -> Report:
@@ -204,8 +204,8 @@ def _add_savings(document: Report, analysis: Analysis) -> None:
 def _add_horizons(document: Report, horizons: Sequence[Horizon]) -> None:
     section = document.section(
         "Length of the run",
-        "The exponent d of best learning rate ~ tokens^-d at a fixed batch, with its 95 % "
-        "interval: what completep.duration_exponent takes.",
+        "The exponent d of best peak learning rate ~ tokens^-d at a fixed batch, with its 95 % "
+        "interval: what completep.duration_exponent takes. It holds for the decay that was swept.",
     )
     rows: list[list[Any]] = []
     for entry in horizons:

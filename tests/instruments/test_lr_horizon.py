@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_completep.instruments import lr_curves
-from megatron_completep.instruments.lr_curves import Curve
+from megatron_completep.completep import table_of
+from megatron_completep.config import Config
+from megatron_completep.config.derived import total_tokens
+from megatron_completep.instruments import lr_curves, sweep
+from megatron_completep.instruments.lr_curves import Curve, curves_of
 from megatron_completep.instruments.lr_horizon import horizon, horizons, qualities, quality
+from megatron_completep.instruments.trial import change
+from megatron_completep.roles import Role
+from tests.support.runs import proxy_config
 
 GRID = np.arange(-9.0, -6.5, 0.5)  # five learning rates
 LENGTHS = (128, 256, 512)
@@ -50,6 +57,31 @@ def test_a_known_exponent_is_recovered_from_three_lengths():
     assert found.verdict == "fitted"
     # A rate that rises with the length has the other sign.
     assert horizon(falling(-0.3)).exponent.value == pytest.approx(-0.3, abs=0.03)
+
+
+def test_rates_that_a_proxy_scales_with_the_length_already_count_as_they_are(tmp_path: Path):
+    config = proxy_config(tmp_path)
+    steps = config.training.train_steps
+    tokens = {"base_total_tokens": total_tokens(config)}
+    scaled = change(config, completep={**tokens, "base_hidden_size": 64, "base_num_layers": 2})
+    lengths = [steps, 2 * steps, 4 * steps]
+    rates = [2.0**exponent for exponent in GRID]
+
+    def fitted(proxy: Config) -> float:
+        """Of losses whose best peak rate, in the optimizer itself, falls with tokens^-0.32."""
+        results = []
+        for point in sweep.Grid(rates, train_steps=lengths, seeds=2).points(proxy):
+            table = table_of(point.config)
+            peak = table.values(Role.EMBEDDING, 1.0, point.config.optimizer).lr
+            best = -7.75 - 0.32 * math.log2(point.train_steps / steps)
+            loss = 2.5 + 0.1 * (math.log2(peak) - best) ** 2
+            loss += 1e-4 * point.seed
+            results.append((point, {"validation_loss": loss, "diverged": False, "flops": 1.0}))
+        (found,) = horizons(curves_of(results))
+        return found.exponent.value
+
+    assert fitted(config) == pytest.approx(0.32, abs=0.02)
+    assert fitted(scaled) == pytest.approx(0.32, abs=0.02)
 
 
 def test_an_optimum_at_the_edge_of_the_grid_leaves_the_exponent_unresolved():

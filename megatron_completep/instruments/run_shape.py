@@ -146,14 +146,15 @@ class Family:
     def choose(self, asked: Asked) -> Choice:
         """The shape of `nearest`.
 
-        Raises ConfigError where even the smallest shape is more than twice as large as asked.
+        Raises ConfigError where no shape is between a fifth of what was asked and twice that.
         """
         choice = self.nearest(asked)
-        if choice.miss > 1:
+        if not -0.8 <= choice.miss <= 1:
             raise ConfigError(
-                f"asked for {asked.wanted:.4g}, but the smallest shape of this proxy has "
-                f"{asked.size(choice.shape):.4g} ({choice.shape}). Ask for more, or take another "
-                "proxy."
+                f"asked for {asked.wanted:.4g}, but the nearest shape of this proxy with N : L "
+                f"within a factor of {RATIO_RANGE} of {asked.ratio:.4g} and up to "
+                f"{MOST_LAYERS:,} layers has {asked.size(choice.shape):.4g} ({choice.shape}). "
+                "Ask for about that, for another --shape, or take a proxy of another size."
             )
         return choice
 
@@ -165,7 +166,7 @@ class Family:
         if near:
             closest = min(near, key=lambda shape: _distance(shape, asked))
         else:
-            closest = min(candidates, key=lambda shape: abs(math.log1p(asked.miss(shape))))
+            closest = min(candidates, key=lambda shape: _log_miss(shape, asked))
         # A layer more and a layer less are always there to choose from.
         layers = closest.num_layers
         deeper = self.shape(closest.hidden_size, layers + 1)
@@ -232,7 +233,12 @@ def measured(model: ModelConfig) -> Shape:
 
 def _distance(shape: Shape, asked: Asked) -> float:
     ratio = abs(math.log(shape.ratio / asked.ratio))
-    return ratio + SIZE_WEIGHT / asked.close * abs(math.log1p(asked.miss(shape)))
+    return ratio + SIZE_WEIGHT / asked.close * _log_miss(shape, asked)
+
+
+def _log_miss(shape: Shape, asked: Asked) -> float:
+    """The distance of a shape from what was asked, in natural logarithms of the size."""
+    return abs(math.log(asked.size(shape) / asked.wanted))
 
 
 def _parameters(shape: Shape) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +17,10 @@ import yaml
 
 from megatron_completep.config import Config, load_config, save_config
 from megatron_completep.config.derived import total_tokens
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.data.corpus import parse_split
+from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.instruments import ladder as ladders
-from megatron_completep.instruments import ladder_report, sweep
+from megatron_completep.instruments import ladder_advice, ladder_report, sweep
 from megatron_completep.instruments.derive import Scaling
 from megatron_completep.instruments.ladder import Ladder, Wish, plan, runs
 from megatron_completep.instruments.ladder_analysis import analyse, curve_spread, end_of
@@ -149,6 +153,85 @@ def test_runs_that_are_missing_leave_the_others_with_their_seeds(tmp_path: Path)
     assert abs(whole.holdout.miss) < 0.01
 
 
+def test_all_rungs_have_the_shape_that_was_asked_for_and_others_are_named(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(ratio=16.0, largest_flops=2e10))
+    ratios = [rung.shape.ratio for rung in ladder.rungs]
+    assert ladder.rungs[0].shape.ratio == 16.0
+    assert max(ratios) / min(ratios) < 1.5
+    far = [warning for warning in ladder_advice.warnings(ladder) if "N : L is 16" in warning]
+    named = set(re.findall(r"(\d\d) \(", far[0])) if far else set()
+    assert named == {r.name for r in ladder.rungs if abs(math.log(r.shape.ratio / 16)) > 0.1}
+    # A ratio whose shapes lie too far apart is refused with what there is.
+    with pytest.raises(ConfigError, match=r"N : L within a factor of 1.5 of 1 .* has \d"):
+        plan(proxy(tmp_path), wish(ratio=1.0, scaling=Scaling(0.1)))
+
+
+def test_a_study_shows_its_shapes_and_names_what_it_leaves_out(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(largest_flops=2e10, ratios=(4.0, 8.0, 256.0)))
+    names = [row[0] for row in ladders.table_rows(ladder)]
+    shapes = sum(len(shapes) for shapes in ladder.study.values())
+    assert shapes > 0
+    assert len(names) == 5 + shapes
+    gaps = ladder_advice.study_gaps(ladder, (4.0, 8.0, 256.0))
+    assert "it has that shape" in gaps[-2]
+    assert gaps[-1].startswith("--study 256 is left out at rungs 01 (nearest ")
+    for name, row in ((row[0], row) for row in ladders.table_rows(ladder)):
+        assert (name.endswith("study")) == (row[1] not in {str(r.shape) for r in ladder.rungs})
+
+
+def test_text_that_is_read_twice_and_a_far_target_are_warned_of(tmp_path: Path):
+    config = proxy(tmp_path)
+    target = Asked(8.0, 1.0, flops=1e12)
+    ladder = plan(config, wish(target=target))
+    # Without the files there is nothing to say of them.
+    assert not any("more than once" in warning for warning in ladder_advice.warnings(ladder))
+    write_markov_chain(tmp_path / "text", 8_000)
+    said = "\n".join(ladder_advice.warnings(ladder))
+    (tokens,) = [row[5] for row in ladders.table_rows(ladder) if row[0] == "05"]
+    # By hand: the share of the 20 documents, of equal length, that is trained on.
+    share = parse_split(config.data.split)[0] if config.data.split else 1.0
+    epochs = int(tokens.replace(",", "")) / (round(20 * share) * 400)
+    assert f"05 ({epochs:.3g} times)" in said
+    assert "01 (" not in said
+    assert "times the compute of the top rung" in said
+    near = plan(config, wish(target=Asked(8.0, 1.0, flops=8e9)))
+    assert not any("top rung" in warning for warning in ladder_advice.warnings(near))
+
+
+def test_whatever_is_no_forecast_ends_with_another_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,)))
+    for name in ("good", "bent", "gone"):
+        ladders.save(ladder, tmp_path / name)
+        write_results(ladder, tmp_path / name)
+    ask = ["--flops", "4e9"]
+    assert main(["fit", str(tmp_path / "good")]) == 0
+    assert main(["predict", str(tmp_path / "good"), *ask]) == 0
+    # Rungs in turn above and below any law.
+    for run in runs(ladder):
+        path = sweep.result_path(tmp_path / "bent", run.point)
+        result = json.loads(path.read_text())
+        result["validation_loss"] += 0.2 * (run.rung in ("02", "04"))
+        path.write_text(json.dumps(result))
+    assert main(["fit", str(tmp_path / "bent")]) == 3
+    assert "no power law" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "bent"), *ask]) == 3
+    # Four rungs of five still give a law, and the reader is told.
+    for run in runs(ladder):
+        if run.rung == "05":
+            sweep.result_path(tmp_path / "gone", run.point).unlink()
+    main(["fit", str(tmp_path / "gone")])
+    assert "5 missing (5 of rung 05)" in capsys.readouterr().out
+    assert "5 of rung 05" in (tmp_path / "gone/report.md").read_text()
+    # A run that diverged.
+    path = sweep.result_path(tmp_path / "bent", runs(ladder)[0].point)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "diverged": True}))
+    assert main(["fit", str(tmp_path / "bent")]) == 3
+    assert main(["predict", str(tmp_path / "bent"), *ask]) == 3
+    assert "no law: a run of the ladder diverged" in capsys.readouterr().out
+
+
 def test_a_known_ladder_is_forecast_and_a_wrong_top_rung_is_seen(tmp_path: Path):
     ladder = plan(proxy(tmp_path), wish(seeds=(3,), target=Asked(8.0, 1.0, flops=6e9)))
     write_results(ladder, tmp_path / "right")
@@ -234,6 +317,11 @@ def test_the_job_files_name_every_run(tmp_path: Path):
     assert main(["run", str(folder), "--write-jobs"]) == 0
     count = len(ladders.points(ladder))
     script = folder / "jobs/ladder.sbatch"
+    # As sbatch and a shell part them.
+    lines = script.read_text().splitlines()
+    (output,) = [line.partition("--output=")[2] for line in lines if "--output=" in line]
+    assert shlex.split(output) == [str(folder / "jobs/slurm-%A_%a.log")]
+    assert shlex.split(lines[1])[-2:] == ["sbatch", str(script)]
     assert f"#SBATCH --array=0-{count - 1}\n" in script.read_text()
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     job = yaml.safe_load((folder / "jobs/ladder.yaml").read_text())
@@ -242,3 +330,6 @@ def test_the_job_files_name_every_run(tmp_path: Path):
     assert f"run '{folder}' --workers 1 --only" in command
     with pytest.raises(ConfigError, match=f"has {count} runs"):
         main(["run", str(folder), "--only", str(count)])
+    for words in (["--slurm", "timeout_min=1"], ["--only", "0"], ["--workers", "2"]):
+        with pytest.raises(UserError, match="do not go together"):
+            main(["run", str(folder), "--write-jobs", *words])

@@ -84,7 +84,7 @@ def run_new(
         gpus = new_run.Gpus(arguments.gpus, kind)
     wanted_ratio = arguments.shape or ladder.ratio_of(proxy)
     asked = Asked(wanted_ratio, arguments.tokens_per_parameter, *sizes)
-    run = new_run.new_run(proxy, asked, scaling_of(arguments), gpus)
+    run = new_run.new_run(proxy, asked, scaling_of(arguments), gpus, say)
     new_run.write(arguments.to, new_run.yaml_of(run))
     say("\n".join(new_run.summary(run)))
     say(f"written: {arguments.to}")

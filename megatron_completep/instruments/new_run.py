@@ -25,7 +25,7 @@ from megatron_completep.files import write_whole
 from megatron_completep.instruments.derive import Scaling, derived, duration_of
 from megatron_completep.instruments.run_shape import CLOSE, Asked, Choice, Family, Shape
 from megatron_completep.instruments.trial import change, on_one_process, reshape
-from megatron_completep.planning.layout_search import Layout, search
+from megatron_completep.planning.layout_search import Layout, Say, search
 from megatron_completep.planning.scaling import Gpu
 
 # Exponents of the best learning rate in tokens, and where they were fitted. The sign is contested,
@@ -71,8 +71,16 @@ class NewRun:
         return self.choice.shape
 
 
-def new_run(proxy: Config, asked: Asked, scaling: Scaling, gpus: Gpus | None = None) -> NewRun:
+def new_run(
+    proxy: Config,
+    asked: Asked,
+    scaling: Scaling,
+    gpus: Gpus | None = None,
+    say: Say = lambda text: None,
+) -> NewRun:
     """The run of a proxy's family that is nearest to what is asked.
+
+    `say` gets lines on the search of a layout, where it takes longer.
 
     Raises ConfigError where no shape is near, no layout fits the GPUs, or the settings do not fit
     the new size.
@@ -82,7 +90,8 @@ def new_run(proxy: Config, asked: Asked, scaling: Scaling, gpus: Gpus | None = N
     config = derived(proxy, choice.shape, scaling, count)
     layouts: tuple[Layout, ...] = ()
     if gpus is not None:
-        layouts = tuple(search(config, gpus.count, gpus.kind))
+        say(f"searching the layout of {choice.shape} on {gpus.count} GPUs")
+        layouts = tuple(search(config, gpus.count, gpus.kind, say=say))
         config = layouts[0].config
     check_config(config)
     return NewRun(proxy, config, choice, asked, scaling, layouts, gpus)

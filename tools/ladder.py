@@ -39,7 +39,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import UserError, exit_on_user_error, when_interrupted
 from megatron_completep.instruments import ladder as ladders
 from megatron_completep.instruments import ladder_advice, ladder_jobs, ladder_report, sweep
-from megatron_completep.instruments.derive import BATCH_POWER, Scaling
+from megatron_completep.instruments.derive import BATCH_POWER, TOKENS_PER_PARAMETER, Scaling
 from megatron_completep.instruments.run_shape import Asked
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 from megatron_completep.outputs import Output, check_outputs
@@ -163,9 +163,8 @@ def add_scaling(command: Parser) -> None:
     command.add_argument(
         "--tokens-per-parameter",
         type=real(above=0),
-        default=20.0,
         metavar="R",
-        help="length of a run (default: 20, arXiv 2203.15556)",
+        help=f"length of a run (default: {TOKENS_PER_PARAMETER:g}, arXiv 2203.15556)",
     )
     command.add_argument(
         "--batch-power",
@@ -191,7 +190,7 @@ def add_scaling(command: Parser) -> None:
 def scaling_of(arguments: argparse.Namespace) -> Scaling:
     """The options of `add_scaling`."""
     return Scaling(
-        arguments.tokens_per_parameter,
+        arguments.tokens_per_parameter or TOKENS_PER_PARAMETER,
         arguments.batch_power,
         arguments.duration_exponent,
         arguments.weight_decay_rule,
@@ -253,7 +252,7 @@ def _target(arguments: argparse.Namespace, proxy: Config) -> Asked | None:
             "Give one of them."
         )
     wanted_ratio = arguments.shape or ladders.ratio_of(proxy)
-    return Asked(wanted_ratio, arguments.tokens_per_parameter, *sizes)
+    return Asked(wanted_ratio, scaling_of(arguments).tokens_per_parameter, *sizes)
 
 
 def run_runs(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:

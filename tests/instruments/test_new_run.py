@@ -158,7 +158,7 @@ def test_the_proxy_of_a_target_is_the_one_that_it_came_from(proxy: Config) -> No
 def test_every_value_that_is_not_the_proxys_has_a_reason(proxy: Config) -> None:
     steps = proxy.training.train_steps
     counted = {"stop_at_step": steps // 2, "recompute": "full"}
-    divided = {"tensor_parallel_size": 2, "sequence_parallel": True}
+    divided = {"pipeline_parallel_size": 2}
     own = change(proxy, training=counted, parallel=divided)
     scaling = Scaling(duration_exponent=0.3, weight_decay_rule="tau")
     asked = Asked(RATIO, 20.0, depth=4)

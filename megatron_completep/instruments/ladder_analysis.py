@@ -27,6 +27,7 @@ from megatron_completep.instruments.run_shape import Shape
 
 CURVE_GROUPS = 20  # parts of a run, of whose means collapse is judged
 COLLAPSES = 0.02  # largest spread of scaled curves in the last half that counts as one curve
+SAME_TAU = 1.1  # the largest ratio of two rungs' tau that counts as one
 DIFFERS = 0.04  # the smallest that counts as several
 
 
@@ -160,7 +161,7 @@ def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results
         holdout(rungs),
         tuple(_ends(ladder, planned, results, noise)),
         spread,
-        collapse_verdict(spread),
+        collapse_verdict(rungs, spread),
         tuple(_studied(ladder, planned, results, rungs)),
         target,
         target_verdict,
@@ -263,13 +264,17 @@ def curve_spread(rungs: Sequence[Finished], floor: float) -> float | None:
     return float((last_half.max(axis=0) - last_half.min(axis=0)).max())
 
 
-def collapse_verdict(spread: float | None) -> str:
-    """Whether scaled curves are one curve."""
+def collapse_verdict(rungs: Sequence[Finished], spread: float | None) -> str:
+    """Whether scaled curves are one curve, which they can be at one tau alone."""
     if spread is None:
         return "not measured"
     if spread <= COLLAPSES:
         return "collapses"
-    return "does not collapse" if spread >= DIFFERS else "cannot tell"
+    verdict = "does not collapse" if spread >= DIFFERS else "cannot tell"
+    taus = [rung.tau for rung in rungs if rung.tau is not None]
+    if taus and max(taus) > SAME_TAU * min(taus):
+        return f"{verdict}: tau is {min(taus):.3g} to {max(taus):.3g}"
+    return verdict
 
 
 def _studied(

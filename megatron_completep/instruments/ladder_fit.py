@@ -110,8 +110,12 @@ class Fit:
             return Estimate(value, -math.inf, math.inf)
         floors, scales, exponents = self.replicates
         drawn = floors + scales * (flops / self.law.unit) ** -exponents + shift
-        deviations = np.random.default_rng(0).standard_normal(len(drawn))
-        drawn = drawn + np.sqrt(runs * self.sigmas**2 + shared) * deviations
+        generator = np.random.default_rng(0)
+        deviations = generator.standard_normal(len(drawn))
+        # What a seed does is known of a few seeds alone, and its spread as badly.
+        degrees = max(1, len(self.noise.effects) - 1)
+        spread = generator.chisquare(degrees, len(drawn)) / degrees
+        drawn = drawn + np.sqrt(runs * self.sigmas**2 + shared / spread) * deviations
         low, high = np.quantile(drawn, (0.025, 0.975))
         # Where E is near 0, which it cannot pass, replicates fall to one side of the law although
         # the law may be off to both.

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,16 @@ from megatron_completep.instruments import ladder as ladders
 from megatron_completep.instruments import ladder_advice, ladder_report, sweep
 from megatron_completep.instruments.derive import Scaling
 from megatron_completep.instruments.ladder import Ladder, Wish, plan, runs
-from megatron_completep.instruments.ladder_analysis import analyse, curve_spread, end_of
+from megatron_completep.instruments.ladder_analysis import (
+    COLLAPSES,
+    CURVE_GROUPS,
+    DIFFERS,
+    Finished,
+    analyse,
+    collapse_verdict,
+    curve_spread,
+    end_of,
+)
 from megatron_completep.instruments.ladder_fit import Noise
 from megatron_completep.instruments.run_shape import Asked
 from megatron_completep.tools.ladder import main
@@ -258,16 +268,37 @@ def test_a_learning_rate_moved_only_by_more_than_the_noise():
     assert end_of("05", losses, Noise(float("nan"), 0)).verdict.startswith("unresolved")
 
 
-def test_curves_of_another_decay_do_not_collapse(tmp_path: Path):
+def averaged_curve(tau: float, scale: float, floor: float) -> np.ndarray:
+    """Losses of weights that are a mean over the last share `tau` of a run's updates.
+
+    What they began with is forgotten as exp(-share / tau), and the noise of the updates is averaged
+    in as fast: the limit of AdamW with decay (arXiv 2405.13698).
+    """
+    share = (np.arange(CURVE_GROUPS) + 0.5) / CURVE_GROUPS
+    forgotten = np.exp(-2 * share / tau)
+    return floor + scale * (forgotten + 0.1 * tau * (1 - forgotten))
+
+
+def test_curves_collapse_at_equal_tau_alone(tmp_path: Path):
     ladder = plan(proxy(tmp_path), wish())
     write_results(ladder, tmp_path / "runs")
     (analysis,) = analyse(ladder, tmp_path / "runs")
-    rungs = list(analysis.rungs)
-    assert curve_spread(rungs, 1.0) < 0.02
-    # A run that falls late, as a long timescale of the decay makes it.
-    late = 1.0 + (rungs[-1].curve - 1.0) ** 1.5
-    rungs[-1] = type(rungs[-1])(**{**vars(rungs[-1]), "curve": late})
-    assert curve_spread(rungs, 1.0) > 0.03
+
+    def with_tau(taus: Sequence[float]) -> list[Finished]:
+        rungs = []
+        for number, (rung, tau) in enumerate(zip(analysis.rungs, taus, strict=True)):
+            curve = averaged_curve(tau, 3.0 * 0.7**number, 1.0)
+            rungs.append(replace(rung, curve=curve, tau=tau))
+        return rungs
+
+    alike = with_tau([0.3] * 5)
+    assert curve_spread(alike, 1.0) <= COLLAPSES
+    assert collapse_verdict(alike, curve_spread(alike, 1.0)) == "collapses"
+    # The control: the largest run's weights remember four times as long.
+    mixed = with_tau([0.3, 0.3, 0.3, 0.3, 1.2])
+    assert curve_spread(mixed, 1.0) >= DIFFERS
+    verdict = collapse_verdict(mixed, curve_spread(mixed, 1.0))
+    assert verdict == "does not collapse: tau is 0.3 to 1.2"
 
 
 @pytest.fixture

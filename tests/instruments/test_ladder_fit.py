@@ -50,6 +50,33 @@ def test_the_forecast_lies_in_its_interval_in_nineteen_of_twenty_draws():
     assert outside_of_half / 400 > 0.3
 
 
+def test_forecasts_of_runs_hold_them_whose_seeds_move_all_rungs_alike():
+    same = 0
+    other = 0
+    narrow = 0
+    draws = 200
+    for draw in range(draws):
+        random = np.random.default_rng(1000 + draw)
+        effects = 0.01 * random.standard_normal(4)
+        losses = []
+        for rung in noisy(draw, 0.003):
+            losses.append({seed: loss + effects[seed] for seed, loss in rung.items()})
+        result = fit(FLOPS, losses, replicates=200)
+        # The same seeds, as the top rung has them, and one run of a seed that no rung had.
+        own = loss_of(TARGET) + 0.003 * random.standard_normal(4) + effects
+        mean = own[:3].mean()
+        forecast = result.forecast_of(TARGET, (0, 1, 2))
+        same += forecast.low <= mean <= forecast.high
+        forecast = result.forecast(TARGET, seeds=1)
+        other += forecast.low <= own[3] <= forecast.high
+        # The control: an interval without what the seeds do to all rungs alike.
+        law = result.forecast_of(TARGET, (0, 1, 2))
+        narrow += not law.low <= own[3] <= law.high
+    assert 0.90 <= same / draws <= 0.99
+    assert 0.90 <= other / draws <= 0.99
+    assert narrow / draws > 0.12
+
+
 def test_what_a_seed_does_to_all_rungs_is_no_noise_between_them():
     random = np.random.default_rng(3)
     effects = (0.05, -0.01, -0.04)

@@ -24,7 +24,7 @@ from megatron_completep.roles import Role
 CLOSE = 0.03  # of what was asked: shapes that are as near are told apart by their ratio N : L
 SIZE_WEIGHT = 4.0 * CLOSE  # a miss as large as `close` counts as one of 12 % in the ratio
 RATIO_RANGE = 1.5  # of N : L, round the one that is asked
-MOST_LAYERS = 10_000
+MOST_LAYERS = 2**14  # of a shape that is looked at
 OUTER = (Role.EMBEDDING, Role.UNEMBEDDING)
 
 
@@ -192,7 +192,8 @@ class Family:
             depths = [asked.depth or max(1, self._layers_below(width, asked))]
             if asked.depth is None:
                 # The last one is that of the ratio, for where size matters little.
-                depths += [depths[0] + 1, max(1, round(width / asked.ratio))]
+                of_ratio = min(MOST_LAYERS, max(1, round(width / asked.ratio)))
+                depths += [min(MOST_LAYERS, depths[0] + 1), of_ratio]
             shapes += [self.shape(width, depth) for depth in dict.fromkeys(depths)]
             # Ratios grow with the width: once they are above the range, they stay there.
             if width / max(depths[:2]) > highest:

@@ -87,8 +87,10 @@ def test_depth_flops_and_ratio_are_what_was_asked(proxy: Config) -> None:
     with pytest.raises(ConfigError, match="the nearest shape of this proxy"):
         family.choose(Asked(RATIO, 20.0, parameters=1e5))
     for beyond in ({"parameters": 1e30}, {"flops": 1e60}):
-        with pytest.raises(ConfigError, match=r"asked for 1e\+[36]0, but .* 10,000 layers has"):
+        with pytest.raises(ConfigError, match=r"asked for 1e\+[36]0, but .* 16,384 layers has"):
             family.choose(Asked(RATIO, 20.0, **beyond))
+    largest = family.nearest(Asked(RATIO, 20.0, parameters=1e30)).shape
+    assert largest.num_layers <= 16_384
 
 
 def test_asked_for_the_proxy_itself_it_gives_the_proxy_back(proxy: Config) -> None:

@@ -11,7 +11,7 @@ muP as the control:
 
 A ladder that was interrupted goes on where it stopped when `run` is started again; --write-jobs
 writes a Slurm array and a Kubernetes job in place of running here. Exit code 0; 2 for bad input, 3
-where the forecast is unresolved.
+from fit and predict where there is no forecast.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from megatron_completep.config import load_config
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import UserError, exit_on_user_error, when_interrupted
 from megatron_completep.instruments import ladder as ladders
-from megatron_completep.instruments import ladder_jobs, ladder_report, sweep
-from megatron_completep.instruments.derive import BATCH_POWER, Scaling
+from megatron_completep.instruments import ladder_advice, ladder_jobs, ladder_report, sweep
+from megatron_completep.instruments.derive import BATCH_POWER, TOKENS_PER_PARAMETER, Scaling
 from megatron_completep.instruments.run_shape import Asked
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 from megatron_completep.outputs import Output, check_outputs
@@ -47,7 +47,7 @@ from megatron_completep.parallel.context import choose_device
 from megatron_completep.planning.scaling_report import table
 from megatron_completep.tools.lr_transfer import slurm_options
 
-UNRESOLVED = 3  # the exit code
+NO_FORECAST = 3  # the exit code
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -163,9 +163,8 @@ def add_scaling(command: Parser) -> None:
     command.add_argument(
         "--tokens-per-parameter",
         type=real(above=0),
-        default=20.0,
         metavar="R",
-        help="length of a run (default: 20, arXiv 2203.15556)",
+        help=f"length of a run (default: {TOKENS_PER_PARAMETER:g}, arXiv 2203.15556)",
     )
     command.add_argument(
         "--batch-power",
@@ -191,7 +190,7 @@ def add_scaling(command: Parser) -> None:
 def scaling_of(arguments: argparse.Namespace) -> Scaling:
     """The options of `add_scaling`."""
     return Scaling(
-        arguments.tokens_per_parameter,
+        arguments.tokens_per_parameter or TOKENS_PER_PARAMETER,
         arguments.batch_power,
         arguments.duration_exponent,
         arguments.weight_decay_rule,
@@ -234,7 +233,7 @@ def run_plan(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
     runs = ladders.points(ladder)
     flops = ladders.total_flops(ladder)
     say(f"{len(runs)} runs, {flops:.3g} FLOPs in all: {arguments.out}/ladder.json, rungs/")
-    for warning in ladders.warnings(ladder):
+    for warning in ladder_advice.warnings(ladder, arguments.study):
         say(f"warning: {warning}")
     if ladder.target is not None:
         say(f"target: {ladder.target.shape}, {ladder.target.flops:.3g} FLOPs")
@@ -253,12 +252,13 @@ def _target(arguments: argparse.Namespace, proxy: Config) -> Asked | None:
             "Give one of them."
         )
     wanted_ratio = arguments.shape or ladders.ratio_of(proxy)
-    return Asked(wanted_ratio, arguments.tokens_per_parameter, *sizes)
+    return Asked(wanted_ratio, scaling_of(arguments).tokens_per_parameter, *sizes)
 
 
 def run_runs(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Train the missing runs here or under Slurm, or write jobs that do."""
     folder: Path = arguments.folder
+    _check_ways_to_run(arguments)
     ladder = ladders.load(folder)
     points = ladders.points(ladder)
     if arguments.write_jobs:
@@ -281,6 +281,20 @@ def run_runs(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
             sweep.run_local(points_to_run, folder, workers, one_device, say)
         say(f"next: {shlex.join([*call_of('ladder'), 'fit', str(folder)])}")
     return {"runs": len(points), "missing": len(sweep.missing(points, folder))}
+
+
+def _check_ways_to_run(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options of which one would be passed over."""
+    one_way = ["--write-jobs"] if arguments.write_jobs else []
+    if arguments.slurm is not None:
+        one_way.append("--slurm")
+    # A Slurm job is one run on one device; the job files run all runs.
+    if one_way and arguments.workers is not None:
+        one_way.append("--workers")
+    if arguments.write_jobs and arguments.only is not None:
+        one_way.append("--only")
+    if len(one_way) > 1:
+        raise UserError(f"{' and '.join(one_way)} do not go together. Leave all but one out.")
 
 
 def run_predict(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -307,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         result = run_predict(arguments, say)
     if arguments.json:
         print(json.dumps(result))
-    return UNRESOLVED if result.get("verdict") == "unresolved" else 0
+    # plan and run have no verdict. Whatever is no forecast must stop a script.
+    return NO_FORECAST if result.get("verdict", "forecast") != "forecast" else 0
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def run_new(
         kind = gpu_of(arguments.gpu or "h100", None, arguments.gpu_memory)
         gpus = new_run.Gpus(arguments.gpus, kind)
     wanted_ratio = arguments.shape or ladder.ratio_of(proxy)
-    asked = Asked(wanted_ratio, arguments.tokens_per_parameter, *sizes)
-    run = new_run.new_run(proxy, asked, scaling_of(arguments), gpus)
+    scaling = scaling_of(arguments)
+    asked = Asked(wanted_ratio, scaling.tokens_per_parameter, *sizes)
+    run = new_run.new_run(proxy, asked, scaling, gpus, say)
     new_run.write(arguments.to, new_run.yaml_of(run))
     say("\n".join(new_run.summary(run)))
     say(f"written: {arguments.to}")
@@ -112,12 +113,17 @@ def run_proxy(
         "--flops": arguments.flops,
         "--shape": arguments.shape,
         "--gpus": arguments.gpus,
+        "--gpu": arguments.gpu,
+        "--gpu-memory": arguments.gpu_memory,
+        "--tokens-per-parameter": arguments.tokens_per_parameter,
+        "--duration-exponent": arguments.duration_exponent,
+        "--weight-decay-rule": arguments.weight_decay_rule,
     }
     refused_options = [option for option, value in others.items() if value is not None]
     if refused_options:
         raise UserError(
             f"{', '.join(refused_options)}: --proxy takes the shape from completep.base_* or "
-            "--depth. Leave the others out."
+            "--depth, and the rest from the target's file. Leave these out."
         )
     proxy = new_run.proxy_of(target, scaling_of(arguments), arguments.depth)
     reason = f"the proxy of {arguments.config}: sweep it with tools/lr_transfer.py"

@@ -84,15 +84,22 @@ class PermutedSource:
         # A sample shares its last token with the next one, so the last token of all starts none.
         self.samples_per_epoch = max(0, num_tokens - 1) // seq_length
         if self.samples_per_epoch == 0:
-            content = "this part has no document"
+            all_documents = dataset.num_documents
+            content = f"this part has no document of {all_documents}"
+            remedy = "Use a larger corpus, a larger split, or a smaller model.seq_length."
             if end_document > begin_document:
                 content = (
                     f"documents {begin_document} to {end_document - 1} hold {num_tokens} tokens"
                 )
+            else:
+                # A whole file of text is one document, which no split divides.
+                remedy = (
+                    "A split has whole documents: preprocess the text as more of them (a folder "
+                    "of files, or JSON lines), or use a larger split."
+                )
             raise DataError(
                 f"{dataset.bin_path}: {content}, one sample takes "
-                f"seq_length + 1 = {seq_length + 1}. "
-                "Use a larger corpus, a larger split, or a smaller model.seq_length."
+                f"seq_length + 1 = {seq_length + 1}. {remedy}"
             )
         self._seed = seed
         self._stream = stream

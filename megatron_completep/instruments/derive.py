@@ -18,6 +18,7 @@ from megatron_completep.instruments.trial import change, on_one_process, reshape
 
 # Exponent of the batch in tokens: that of Power Lines (arXiv 2505.13738), as nanochat uses it.
 BATCH_POWER = 0.383
+TOKENS_PER_PARAMETER = 20.0  # of arXiv 2203.15556, embeddings included
 # How far a batch may be rounded, so that many numbers of data ranks divide it.
 BATCH_ROUNDING = 8
 
@@ -30,7 +31,7 @@ class Scaling:
     them (`completep.duration_exponent`).
     """
 
-    tokens_per_parameter: float = 20.0
+    tokens_per_parameter: float = TOKENS_PER_PARAMETER
     batch_power: float = BATCH_POWER
     duration_exponent: float | None = None
     weight_decay_rule: str | None = None

@@ -8,6 +8,7 @@ twice.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,14 +23,14 @@ from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.derive import Scaling, derived
-from megatron_completep.instruments.run_shape import Asked, Family, Shape
+from megatron_completep.instruments.run_shape import Asked, Choice, Family, Shape
 from megatron_completep.instruments.trial import change, following, under, with_seed
 from megatron_completep.model.flops import training_flops_per_token
 
 FORMAT = 1
-LEAST_RUNGS = 4  # fewer give no fit: it has three unknowns
 # Misses of a rung's compute, tried in this order: that all rungs have one N : L matters more.
 CLOSENESS = (0.75, 0.25, 0.03)
+LOWEST_CLOSE = 10.0  # the same of the lowest rung, which nothing binds to the proxy's compute
 STUDY_MISS = 0.1  # the largest miss of a rung's compute among the shapes compared at it
 LR_CHECK = (-1.0, 1.0)  # octaves from the proxy's learning rate, at both ends of the ladder
 
@@ -56,7 +57,8 @@ class Ladder:
     """All that a ladder's runs follow from.
 
     rules: parameterizations; the first one is the ladder's, the others are controls. study: shapes
-    of other ratios N : L at the compute of a rung, by the rung's name.
+    of other ratios N : L at the compute of a rung, by the rung's name. ratio: N / L that was asked
+    of the rungs, and is of every forecast.
     """
 
     proxy: Config
@@ -66,6 +68,7 @@ class Ladder:
     checks_lr: bool
     study: dict[str, tuple[Shape, ...]]
     target: Target | None
+    ratio: float
 
 
 class Run(NamedTuple):
@@ -102,30 +105,29 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
 
     Raises ConfigError for a wish that gives no ladder.
     """
+    _check_rules(wish.rules)
     family = Family(proxy)
     per_parameter = wish.scaling.tokens_per_parameter
-    own_shape = family.shape(proxy.model.hidden_size, proxy.model.num_layers)
-    lowest = wish.smallest_flops or own_shape.run_flops(per_parameter)
+    first = _first_shape(family, wish)
+    lowest = wish.smallest_flops or first.run_flops(per_parameter)
     if lowest >= wish.largest_flops:
         raise ConfigError(
             f"the top rung's {wish.largest_flops:.3g} FLOPs are not above the lowest rung's "
-            f"{lowest:.3g} ({own_shape}). Ask for a larger top rung, or take a smaller proxy."
+            f"{lowest:.3g} ({first}). Ask for a larger top rung, or take a smaller proxy."
         )
     seeds = _seeds(wish)
     rungs: list[Rung] = []
     for number in range(wish.rungs):
         flops = lowest * (wish.largest_flops / lowest) ** (number / (wish.rungs - 1))
-        if number == 0 and wish.smallest_flops is None:
-            shape = own_shape
-        else:
-            shape = _rung_shape(family, wish, flops, rungs[-1].shape if rungs else None)
+        shape = first
+        if number > 0:
+            shape = _rung_shape(family, wish, flops, rungs[-1].shape)
         rungs.append(Rung(f"{number + 1:02d}", shape, seeds[number]))
     _check_growth(rungs)
 
     study: dict[str, tuple[Shape, ...]] = {}
     for rung in rungs:
-        flops = rung.shape.run_flops(per_parameter)
-        study[rung.name] = _study(family, wish, rung.shape, flops)
+        study[rung.name] = _study(family, wish, rung.shape)
     return Ladder(
         proxy,
         wish.scaling,
@@ -134,7 +136,22 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
         wish.checks_lr,
         study,
         _target(family, wish, rungs),
+        wish.ratio,
     )
+
+
+def _first_shape(family: Family, wish: Wish) -> Shape:
+    """The lowest rung's: the proxy's own, or that of the ladder's ratio near to its compute."""
+    model = family.proxy.model
+    own_shape = family.shape(model.hidden_size, model.num_layers)
+    if wish.smallest_flops is not None:
+        return _rung_shape(family, wish, wish.smallest_flops, None)
+    if math.isclose(wish.ratio, own_shape.ratio):
+        return own_shape
+    per_parameter = wish.scaling.tokens_per_parameter
+    flops = own_shape.run_flops(per_parameter)
+    # The smallest shape of a wide ratio may be far above the proxy: the ladder begins there.
+    return family.nearest(Asked(wish.ratio, per_parameter, flops=flops, close=LOWEST_CLOSE)).shape
 
 
 def _rung_shape(family: Family, wish: Wish, flops: float, below: Shape | None) -> Shape:
@@ -150,15 +167,31 @@ def _rung_shape(family: Family, wish: Wish, flops: float, below: Shape | None) -
     return shape
 
 
-def _study(family: Family, wish: Wish, own: Shape, flops: float) -> tuple[Shape, ...]:
+def study_choice(family: Family, scaling: Scaling, ratio: float, own: Shape) -> Choice:
+    """The shape of another ratio that is nearest to the compute of a rung of shape `own`."""
+    per_parameter = scaling.tokens_per_parameter
+    flops = own.run_flops(per_parameter)
+    return family.nearest(Asked(ratio, per_parameter, flops=flops, close=STUDY_MISS))
+
+
+def _study(family: Family, wish: Wish, own: Shape) -> tuple[Shape, ...]:
     """The shapes of other ratios at a rung's compute; those that are not near it are left out."""
     shapes: list[Shape] = []
     for ratio in wish.ratios:
-        asked = Asked(ratio, wish.scaling.tokens_per_parameter, flops=flops, close=STUDY_MISS)
-        choice = family.nearest(asked)
+        choice = study_choice(family, wish.scaling, ratio, own)
         if abs(choice.miss) <= STUDY_MISS and choice.shape not in (own, *shapes):
             shapes.append(choice.shape)
     return tuple(shapes)
+
+
+def _check_rules(rules: Sequence[str]) -> None:
+    """Raises ConfigError for a rule that is named twice: its seeds would count twice."""
+    repeated = sorted({rule for rule in rules if rules.count(rule) > 1})
+    if repeated:
+        raise ConfigError(
+            f"--parameterizations {','.join(rules)}: {', '.join(repeated)} stands there more than "
+            "once. Name each rule once."
+        )
 
 
 def _seeds(wish: Wish) -> list[int]:
@@ -270,7 +303,7 @@ def save(ladder: Ladder, folder: Path) -> None:
     """
     path = folder / "ladder.json"
     content = json.loads(json.dumps(_to_json(ladder)))
-    if path.exists() and read_json_object(path) != content:
+    if path.exists() and _with_ratio(read_json_object(path)) != content:
         raise DataError(
             f"{path}: the folder holds another ladder. Plan into another folder, or remove this "
             "file; finished runs stay, and those that the new ladder shares are not run again."
@@ -307,7 +340,15 @@ def _to_json(ladder: Ladder) -> dict[str, Any]:
     return {"format": FORMAT, **content}
 
 
+def _with_ratio(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ladder.json; one of before the ratio was kept has the proxy's."""
+    if "ratio" in content or "proxy" not in content:
+        return content
+    return {**content, "ratio": ratio_of(config_from_mapping(content["proxy"]))}
+
+
 def _from_json(content: dict[str, Any]) -> Ladder:
+    content = _with_ratio(content)
     rungs = []
     for entry in content["rungs"]:
         rungs.append(Rung(entry["name"], Shape(**entry["shape"]), entry["seeds"]))
@@ -325,28 +366,36 @@ def _from_json(content: dict[str, Any]) -> Ladder:
         content["checks_lr"],
         study,
         target,
+        content["ratio"],
     )
 
 
 def table_rows(ladder: Ladder) -> Iterator[list[str]]:
-    """A row a rung: name, shape, parameters, without embeddings, tokens, batch, steps, FLOPs."""
-    per_parameter = ladder.scaling.tokens_per_parameter
+    """A row a rung: name, shape, parameters, without embeddings, tokens, batch, steps, FLOPs.
+
+    Below a rung, a row for each shape of the study.
+    """
     for rung in ladder.rungs:
-        shape = rung.shape
-        config = derived(ladder.proxy, shape, ladder.scaling)
-        training = config.training
-        yield [
-            rung.name,
-            str(shape),
-            f"{shape.ratio:.3g}",
-            f"{shape.parameters:,}",
-            f"{shape.inner_parameters:,}",
-            f"{total_tokens(config):,}",
-            str(training.global_batch_size),
-            str(training.train_steps),
-            f"{shape.run_flops(per_parameter):.3g}",
-            str(rung.seeds),
-        ]
+        yield _table_row(ladder, rung.name, rung.shape, rung.seeds)
+        for shape in ladder.study[rung.name]:
+            yield _table_row(ladder, f"{rung.name} study", shape, rung.seeds)
+
+
+def _table_row(ladder: Ladder, name: str, shape: Shape, seeds: int) -> list[str]:
+    config = derived(ladder.proxy, shape, ladder.scaling)
+    training = config.training
+    return [
+        name,
+        str(shape),
+        f"{shape.ratio:.3g}",
+        f"{shape.parameters:,}",
+        f"{shape.inner_parameters:,}",
+        f"{total_tokens(config):,}",
+        str(training.global_batch_size),
+        str(training.train_steps),
+        f"{shape.run_flops(ladder.scaling.tokens_per_parameter):.3g}",
+        str(seeds),
+    ]
 
 
 ROW_HEADS = [
@@ -371,26 +420,6 @@ def total_flops(ladder: Ladder) -> float:
         config = point.config
         total += training_flops_per_token(config.model) * total_tokens(config)
     return total
-
-
-def warnings(ladder: Ladder) -> list[str]:
-    """What makes a ladder say less than it could, a sentence each."""
-    sentences = []
-    if len(ladder.rungs) < LEAST_RUNGS + 1:
-        sentences.append(
-            f"{len(ladder.rungs)} rungs: a fit needs {LEAST_RUNGS}, and one more to be tried on"
-        )
-    if min(rung.seeds for rung in ladder.rungs) < 2:
-        sentences.append("rungs with one seed take the noise of the others for theirs")
-    per_parameter = ladder.scaling.tokens_per_parameter
-    proxy_length = total_tokens(ladder.proxy) / ladder.rungs[0].shape.tokens(per_parameter)
-    if not 0.5 <= proxy_length <= 2:
-        sentences.append(
-            f"the proxy's own run is {proxy_length:.3g} times as long as the lowest rung's: its "
-            "learning rate was found at another length. Tune it at --tokens-per-parameter "
-            f"{proxy_length * per_parameter:.3g}, or plan the ladder with that"
-        )
-    return sentences
 
 
 def ratio_of(proxy: Config) -> float:

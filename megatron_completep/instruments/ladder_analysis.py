@@ -20,12 +20,14 @@ from megatron_completep.instruments.ladder_fit import (
     Fit,
     Noise,
     fit,
+    mean_of,
     means_and_noise,
 )
 from megatron_completep.instruments.run_shape import Shape
 
 CURVE_GROUPS = 20  # parts of a run, of whose means collapse is judged
 COLLAPSES = 0.02  # largest spread of scaled curves in the last half that counts as one curve
+SAME_TAU = 1.1  # the largest ratio of two rungs' tau that counts as one
 DIFFERS = 0.04  # the smallest that counts as several
 
 
@@ -36,14 +38,19 @@ class Finished:
     name: str
     shape: Shape
     flops: float  # of one run
-    losses: tuple[float, ...]  # by seed; infinite: diverged
+    by_seed: dict[int, float]  # losses by the seed's number; infinite: diverged
     tau: float | None  # of the hidden weights' decay
     curve: Array | None  # [CURVE_GROUPS] training losses, mean over seeds
 
     @property
     def loss(self) -> float:
         """The mean over seeds."""
-        return float(np.mean(self.losses))
+        return mean_of(self.by_seed)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Those of the seeds that are finished, in order."""
+        return tuple(self.by_seed.values())
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def analyse(ladder: Ladder, folder: Path) -> list[RuleAnalysis]:
 
 def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results) -> RuleAnalysis:
     rungs = tuple(_finished(ladder, planned, results))
-    finite = [rung.losses for rung in rungs if np.isfinite(rung.losses).all()]
+    finite = [rung.by_seed for rung in rungs if np.isfinite(rung.losses).all()]
     noise = means_and_noise(finite)[1] if finite else Noise(math.nan, 0)
     law, reason = _law(rungs)
     target: Estimate | None = None
@@ -154,7 +161,7 @@ def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results
         holdout(rungs),
         tuple(_ends(ladder, planned, results, noise)),
         spread,
-        collapse_verdict(spread),
+        collapse_verdict(rungs, spread),
         tuple(_studied(ladder, planned, results, rungs)),
         target,
         target_verdict,
@@ -166,16 +173,20 @@ def _finished(ladder: Ladder, planned: Sequence[Run], results: Results) -> list[
     rungs = []
     for rung in ladder.rungs:
         rung_runs = [run for run in planned if run.rung == rung.name and run.kind == "rung"]
-        done = [results[run.point.key] for run in rung_runs if run.point.key in results]
+        done = {}
+        for run in rung_runs:
+            if run.point.key in results:
+                done[run.point.seed] = results[run.point.key]
         if not done:
             continue
         config = rung_runs[0].point.config
         scales = list(timescales(config, table_of(config)))
-        losses = tuple(sweep.loss_of(result) for result in done)
+        losses = {seed: sweep.loss_of(result) for seed, result in done.items()}
         # A run that diverged ended early.
-        flops = max(result["flops"] for result in done)
+        flops = max(result["flops"] for result in done.values())
         tau = scales[0].run if scales else None
-        rungs.append(Finished(rung.name, rung.shape, flops, losses, tau, _mean_curve(done)))
+        curve = _mean_curve(list(done.values()))
+        rungs.append(Finished(rung.name, rung.shape, flops, losses, tau, curve))
     return rungs
 
 
@@ -194,7 +205,7 @@ def _mean_curve(results: Sequence[dict[str, Any]]) -> Array | None:
 def _law(rungs: Sequence[Finished]) -> tuple[Fit | None, str]:
     """(the law, ""), or (None, why there is none)."""
     try:
-        return fit([rung.flops for rung in rungs], [rung.losses for rung in rungs]), ""
+        return fit([rung.flops for rung in rungs], [rung.by_seed for rung in rungs]), ""
     except DataError as error:
         return None, str(error)
 
@@ -206,7 +217,7 @@ def holdout(rungs: Sequence[Finished]) -> Holdout | None:
     if law is None:
         return None
     top = rungs[-1]
-    forecast = law.forecast_of(top.flops, len(top.losses))
+    forecast = law.forecast_of(top.flops, list(top.by_seed))
     return Holdout(top.name, forecast, top.loss, law.verdict(forecast))
 
 
@@ -253,13 +264,17 @@ def curve_spread(rungs: Sequence[Finished], floor: float) -> float | None:
     return float((last_half.max(axis=0) - last_half.min(axis=0)).max())
 
 
-def collapse_verdict(spread: float | None) -> str:
-    """Whether scaled curves are one curve."""
+def collapse_verdict(rungs: Sequence[Finished], spread: float | None) -> str:
+    """Whether scaled curves are one curve, which they can be at one tau alone."""
     if spread is None:
         return "not measured"
     if spread <= COLLAPSES:
         return "collapses"
-    return "does not collapse" if spread >= DIFFERS else "cannot tell"
+    verdict = "does not collapse" if spread >= DIFFERS else "cannot tell"
+    taus = [rung.tau for rung in rungs if rung.tau is not None]
+    if taus and max(taus) > SAME_TAU * min(taus):
+        return f"{verdict}: tau is {min(taus):.3g} to {max(taus):.3g}"
+    return verdict
 
 
 def _studied(

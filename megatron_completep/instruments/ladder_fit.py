@@ -8,8 +8,8 @@ against the same noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,7 @@ WIDEST = 0.05  # nats: a forecast with a wider interval is no answer
 MISFIT = 0.01  # a law with a smaller chance of such residuals is none
 REPLICATES = 1000
 EXPONENTS = np.geomspace(0.01, 2.0, 200)
+BySeed = Mapping[int, float]  # losses of one rung's runs, by the number of the seed
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Noise:
     sigma: float
     degrees: int
     shared: float = 0.0
-    effects: tuple[float, ...] = ()  # by seed
+    effects: dict[int, float] = field(default_factory=dict)  # by the seed's number
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class Fit:
             return self._interval(flops, 0.0, 0.0, shared)
         return self._interval(flops, 0.0, 1 / seeds, shared + noise.shared**2 / seeds)
 
-    def forecast_of(self, flops: float, seeds: int) -> Estimate:
-        """The mean loss at `flops` of the seeds 0 to `seeds` - 1, whose effects the rungs show."""
-        effects = self.noise.effects[:seeds]
-        unseen = seeds - len(effects)
-        shared = unseen * (self.noise.shared / seeds) ** 2
-        return self._interval(flops, sum(effects) / seeds, 1 / seeds, shared)
+    def forecast_of(self, flops: float, seeds: Sequence[int]) -> Estimate:
+        """The mean loss at `flops` of these seeds, of which the rungs show the effects."""
+        count = len(seeds)
+        effects = [self.noise.effects[seed] for seed in seeds if seed in self.noise.effects]
+        shared = (count - len(effects)) * (self.noise.shared / count) ** 2
+        return self._interval(flops, sum(effects) / count, 1 / count, shared)
 
     def _interval(self, flops: float, shift: float, runs: float, shared: float) -> Estimate:
         """The law's loss plus `shift`.
@@ -109,8 +110,12 @@ class Fit:
             return Estimate(value, -math.inf, math.inf)
         floors, scales, exponents = self.replicates
         drawn = floors + scales * (flops / self.law.unit) ** -exponents + shift
-        deviations = np.random.default_rng(0).standard_normal(len(drawn))
-        drawn = drawn + np.sqrt(runs * self.sigmas**2 + shared) * deviations
+        generator = np.random.default_rng(0)
+        deviations = generator.standard_normal(len(drawn))
+        # What a seed does is known of a few seeds alone, and its spread as badly.
+        degrees = max(1, len(self.noise.effects) - 1)
+        spread = generator.chisquare(degrees, len(drawn)) / degrees
+        drawn = drawn + np.sqrt(runs * self.sigmas**2 + shared / spread) * deviations
         low, high = np.quantile(drawn, (0.025, 0.975))
         # Where E is near 0, which it cannot pass, replicates fall to one side of the law although
         # the law may be off to both.
@@ -124,23 +129,23 @@ class Fit:
         return "unresolved" if forecast.wider_than(WIDEST) else "forecast"
 
 
-def means_and_noise(losses: Sequence[Sequence[float]]) -> tuple[Array, Noise]:
+def means_and_noise(losses: Sequence[BySeed]) -> tuple[Array, Noise]:
     """The rungs' losses at the average seed [rungs], and the noise, by least squares.
 
-    losses: by rung, of the seeds 0, 1, ...; rungs may have fewer seeds than others.
+    losses: by rung and seed; any rung may lack some seeds.
     """
-    seeds = max(len(rung) for rung in losses)
+    seeds = sorted({seed for rung in losses for seed in rung})
     rows = []
     values = []
     for number, rung in enumerate(losses):
-        for seed, loss in enumerate(rung):
-            row = np.zeros(len(losses) + seeds)
+        for seed, loss in rung.items():
+            row = np.zeros(len(losses) + len(seeds))
             row[number] = 1.0
-            row[len(losses) + seed] = 1.0
+            row[len(losses) + seeds.index(seed)] = 1.0
             rows.append(row)
             values.append(loss)
     # One row more holds the effects' sum at 0: rungs and seeds could trade a constant without it.
-    rows.append(np.concatenate([np.zeros(len(losses)), np.ones(seeds)]))
+    rows.append(np.concatenate([np.zeros(len(losses)), np.ones(len(seeds))]))
     design = np.stack(rows)
     measured = np.array([*values, 0.0])
     solution, _, rank, _ = np.linalg.lstsq(design, measured)
@@ -148,36 +153,56 @@ def means_and_noise(losses: Sequence[Sequence[float]]) -> tuple[Array, Noise]:
     means = solution[: len(losses)]
     effects = solution[len(losses) :]
     if degrees < 1:
-        return np.array([float(np.mean(rung)) for rung in losses]), Noise(math.nan, 0)
+        return np.array([mean_of(rung) for rung in losses]), Noise(math.nan, 0)
     residual = design @ solution - measured
     variance = float(residual @ residual) / degrees
     shared = 0.0
-    if seeds > 1:
+    if len(seeds) > 1:
         # The effects are means over rungs, whose own noise is in their spread.
         shared = max(0.0, float(np.var(effects, ddof=1)) - variance / len(losses))
-    seed_effects = tuple(float(effect) for effect in effects)
+    seed_effects = dict(zip(seeds, effects.tolist(), strict=True))
     return means, Noise(math.sqrt(variance), degrees, math.sqrt(shared), seed_effects)
+
+
+def mean_of(losses: BySeed) -> float:
+    """The plain mean over a rung's seeds."""
+    return float(np.mean(list(losses.values())))
+
+
+def _share_no_seed(losses: Sequence[BySeed]) -> bool:
+    """Whether some rungs cannot be compared with the others: no seed links them, however long."""
+    linked = set(losses[0])
+    for _ in losses:
+        for rung in losses:
+            if linked & rung.keys():
+                linked |= rung.keys()
+    return any(not linked & rung.keys() for rung in losses)
 
 
 def fit(
     flops: Sequence[float],
-    losses: Sequence[Sequence[float]],
+    losses: Sequence[BySeed],
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> Fit:
     """The law through the rungs' mean losses, weighted by their numbers of seeds.
 
-    flops: of one run a rung. losses: of its seeds 0, 1, ... Raises DataError for fewer rungs than
-    the law needs, and for a loss that is no number.
+    flops: of one run a rung. losses: of its seeds, by their numbers. Raises DataError for fewer
+    rungs than the law needs, rungs without a common seed, and a loss that is no number.
     """
     if len(flops) < LEAST_RUNGS:
         raise DataError(
             f"{len(flops)} rungs give no law of three unknowns: finish at least {LEAST_RUNGS}."
         )
-    if not all(np.isfinite(rung).all() for rung in losses):
+    if not all(math.isfinite(loss) for rung in losses for loss in rung.values()):
         raise DataError(
             "a run of the ladder diverged, so that its rung has no loss. "
             "Tune the proxy's learning rate lower, and plan again."
+        )
+    if _share_no_seed(losses):
+        raise DataError(
+            "the finished runs of some rungs share no seed with those of the others, so that what "
+            "a seed does cannot be told from what size does. Finish the missing runs."
         )
     x = np.asarray(flops, dtype=np.float64)
     means, noise = means_and_noise(losses)

@@ -66,14 +66,18 @@ def write(folder: Path, count: int) -> list[Path]:
     kubernetes = jobs / "ladder.yaml"
     name = shlex.quote(str(folder))
     slurm_text = _SLURM.format(
-        path=slurm, last=count - 1, logs=jobs / "slurm-%A_%a.log", folder=name
+        path=shlex.quote(str(slurm)),
+        last=count - 1,
+        # sbatch takes quotes off its own lines, as a shell does.
+        logs=shlex.quote(str(jobs / "slurm-%A_%a.log")),
+        folder=name,
     )
     command = (
         f"exec python -m megatron_completep.tools.ladder run {name} --workers 1 "
         '--only "$JOB_COMPLETION_INDEX"'
     )
     kubernetes_text = _KUBERNETES.format(
-        path=kubernetes,
+        path=shlex.quote(str(kubernetes)),
         folder=folder,
         count=count,
         parallel=min(count, MOST_AT_ONCE),

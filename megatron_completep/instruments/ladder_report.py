@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from megatron_completep.document import PALETTE, Report, new_figure
-from megatron_completep.errors import DataError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import ladder as ladders
+from megatron_completep.instruments import sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.ladder import Ladder
+from megatron_completep.instruments.ladder_advice import beyond_text
 from megatron_completep.instruments.ladder_analysis import (
     COLLAPSES,
     DIFFERS,
+    Finished,
     RuleAnalysis,
     analyse,
 )
@@ -37,15 +39,17 @@ def report(folder: Path, say: Say = lambda text: None) -> dict[str, Any]:
     """
     ladder = ladders.load(folder)
     analyses = analyse(ladder, folder)
-    document = build(ladder, analyses)
+    missing = unfinished(ladder, folder)
+    document = build(ladder, analyses, missing)
     document.write_html(folder / "report.html")
     document.write_markdown(folder / "report.md")
     main_analysis = analyses[0]
     verdict = overall(main_analysis)
     rules = [rule_to_json(analysis) for analysis in analyses]
-    plain: dict[str, Any] = finite({"verdict": verdict, "rules": rules})
+    counts = {"runs": len(ladders.points(ladder)), "missing": sum(missing.values())}
+    plain: dict[str, Any] = finite({"verdict": verdict, **counts, "rules": rules})
     write_whole(folder / "report.json", dump(plain))
-    say("\n".join(findings(ladder, analyses)))
+    say("\n".join(findings(ladder, analyses, missing)))
     say(f"written: {folder / 'report.html'}, report.md, report.json")
     return plain
 
@@ -53,14 +57,18 @@ def report(folder: Path, say: Say = lambda text: None) -> dict[str, Any]:
 def predict(folder: Path, sizes: Sizes, say: Say = lambda text: None) -> dict[str, Any]:
     """The forecast of a run of another size; returns its figures.
 
-    Raises DataError where there is no law, and ConfigError for a size that the family has not.
+    Without a law they are none, and the verdict is `unresolved`. Raises ConfigError for a size that
+    the family has not, and DataError where no run is finished.
     """
     ladder = ladders.load(folder)
     analysis = analyse(ladder, folder)[0]
+    missing = unfinished(ladder, folder)
+    say(finished_text(ladder, missing))
     if analysis.law is None:
-        raise DataError(f"{folder}: {analysis.reason}")
+        say(f"no law: {analysis.reason}")
+        return {"verdict": "unresolved", "reason": analysis.reason}
     per_parameter = ladder.scaling.tokens_per_parameter
-    asked = Asked(ladders.ratio_of(ladder.proxy), per_parameter, *sizes)
+    asked = Asked(ladder.ratio, per_parameter, *sizes)
     shape = Family(ladder.proxy).choose(asked).shape
     flops = shape.run_flops(per_parameter)
     estimate = analysis.law.forecast(flops, seeds=1)
@@ -68,9 +76,34 @@ def predict(folder: Path, sizes: Sizes, say: Say = lambda text: None) -> dict[st
     say(f"{shape}, {shape.parameters:,} parameters, {flops:.3g} FLOPs")
     say(f"loss {loss_text(estimate)} nats per token: {verdict}")
     beyond = flops / analysis.rungs[-1].flops
-    say(f"{beyond:.3g} times the compute of the top rung")
+    say(f"{beyond:.3g} times the compute of the top rung that is finished")
+    far = beyond_text(beyond)
+    if far is not None:
+        say(f"warning: {far}")
     figures = {"loss": estimate.value, "low": estimate.low, "high": estimate.high}
     return dict(finite({**asdict(shape), "flops": flops, **figures, "verdict": verdict}))
+
+
+def unfinished(ladder: Ladder, folder: Path) -> dict[str, int]:
+    """Runs without a result by rung, for the rungs that have some; each configuration once."""
+    missing_keys = {point.key for point in sweep.missing(ladders.points(ladder), folder)}
+    counts: dict[str, int] = {}
+    for run in ladders.runs(ladder):
+        if run.point.key in missing_keys:
+            counts[run.rung] = counts.get(run.rung, 0) + 1
+            missing_keys.remove(run.point.key)
+    return counts
+
+
+def finished_text(ladder: Ladder, missing: Mapping[str, int]) -> str:
+    """How much of the ladder the figures rest on."""
+    count = len(ladders.points(ladder))
+    missing_count = sum(missing.values())
+    text = f"{count - missing_count} runs finished, {missing_count} missing"
+    if not missing_count:
+        return text
+    rungs = ", ".join(f"{number} of rung {rung}" for rung, number in missing.items())
+    return f"{text} ({rungs}): the figures are those of an unfinished ladder"
 
 
 def overall(analysis: RuleAnalysis) -> str:
@@ -89,7 +122,7 @@ def rule_to_json(analysis: RuleAnalysis) -> dict[str, Any]:
     law = analysis.law
     fields: dict[str, Any] = {
         "rule": analysis.rule,
-        "rungs": [{**asdict(r), "curve": _listed(r.curve)} for r in analysis.rungs],
+        "rungs": [_rung_to_json(rung) for rung in analysis.rungs],
         "noise": asdict(analysis.noise),
         "law": None if law is None else {**asdict(law.law), "misfit": law.misfit},
         "residuals": None if law is None else law.residuals.tolist(),
@@ -108,8 +141,12 @@ def rule_to_json(analysis: RuleAnalysis) -> dict[str, Any]:
     return fields
 
 
-def _listed(curve: Any) -> list[float] | None:
-    return None if curve is None else curve.tolist()
+def _rung_to_json(rung: Finished) -> dict[str, Any]:
+    curve = None if rung.curve is None else rung.curve.tolist()
+    seeds = list(rung.by_seed)
+    fields = {**asdict(rung), "seeds": seeds, "losses": list(rung.losses), "curve": curve}
+    del fields["by_seed"]
+    return fields
 
 
 def loss_text(estimate: Estimate) -> str:
@@ -119,9 +156,11 @@ def loss_text(estimate: Estimate) -> str:
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 
-def findings(ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> list[str]:
-    """The answers, a line each."""
-    lines = []
+def findings(
+    ladder: Ladder, analyses: Sequence[RuleAnalysis], missing: Mapping[str, int]
+) -> list[str]:
+    """The answers, a line each. missing: runs without a result, by rung."""
+    lines = [finished_text(ladder, missing)]
     for analysis in analyses:
         lines += [f"{analysis.rule}: {line}" for line in _of_rule(ladder, analysis)]
     return lines
@@ -164,9 +203,9 @@ def _of_rule(ladder: Ladder, analysis: RuleAnalysis) -> list[str]:
     return lines
 
 
-def build(ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> Report:
+def build(ladder: Ladder, analyses: Sequence[RuleAnalysis], missing: Mapping[str, int]) -> Report:
     """The document: law and residuals, rungs, learning rates, collapse, shapes, cost."""
-    document = Report("Ladder", "\n".join(findings(ladder, analyses)))
+    document = Report("Ladder", "\n".join(findings(ladder, analyses, missing)))
     _add_law(document, ladder, analyses)
     _add_rungs(document, analyses)
     _add_ends(document, analyses)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_completep.completep.batch import batch_scaling_of
 from megatron_completep.instruments import fits, sweep
 from megatron_completep.instruments.fits import (
     Array,
@@ -61,6 +62,8 @@ class Curve:
     num_experts: int = 0
     # By learning rate, mean over seeds: `expert_load` of sweep.run_point. None without experts.
     expert_loads: Sequence[float] | None = None
+    # log2 of S (completep.batch), by which the peak rate differs from the base rate of the grid.
+    log2_scale: float = 0.0
 
     @property
     def family(self) -> Family:
@@ -159,9 +162,11 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
     A seed is used only if it has a run at every learning rate of its curve.
     """
     runs_by_setting: dict[Setting, dict[tuple[float, int], dict[str, Any]]] = {}
+    scales: dict[Setting, float] = {}
     for point, result in results:
         runs = runs_by_setting.setdefault(setting_of(point), {})
         runs[point.base_lr, point.seed] = result
+        scales[setting_of(point)] = batch_scaling_of(point.config).scale
 
     curves = []
     for setting, runs in runs_by_setting.items():
@@ -181,6 +186,7 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
             losses=losses,
             flops=flops,
             expert_loads=_mean_loads(runs, rates, seeds),
+            log2_scale=float(np.log2(scales[setting])),
         )
         curves.append(curve)
     return curves

@@ -1,19 +1,21 @@
 """How the best learning rate falls with the length of a run, and how well it transfers over sizes.
 
 The exponent of the length is contested (docs/parameterization.md), so that it is fitted to a
-recipe: with the best rate proportional to tokens^-d at a fixed batch, d is what
-completep.duration_exponent takes.
+recipe: with the best peak rate proportional to tokens^-d at a fixed batch, d is what
+completep.duration_exponent takes. A proxy that names completep.base_total_tokens scales its rates
+with the length already: the peak counts, and not the base rate of the grid.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_completep.instruments.fits import Estimate, loss_at, slope
+from megatron_completep.instruments import lr_curves
+from megatron_completep.instruments.fits import Array, Estimate, bootstrap, loss_at, slope
 from megatron_completep.instruments.lr_curves import (
     Curve,
     Family,
@@ -28,7 +30,7 @@ AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 
 @dataclass(frozen=True)
 class Horizon:
-    """The exponent d of best learning rate ~ tokens^-d, of one shape under one rule.
+    """The exponent d of best peak learning rate ~ tokens^-d, of one shape under one rule.
 
     error: its standard error. verdict: `fitted`, or `unresolved` with a reason.
     """
@@ -45,13 +47,13 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Quality:
-    """Transfer over sizes in three numbers, after arXiv 2605.21486.
+    """Transfer over sizes in three numbers, after arXiv 2605.21486, with intervals over seeds.
 
     fit_error: octaves (root mean square) of the optima from their line over log2(parameters of the
     blocks). robustness: exponent of the curvature of the loss in log2(lr) over the same size; the
     lower it is, the less a miss costs at scale. penalty: nats that the largest shape loses at the
     smallest one's best learning rate. behind: nats of the largest shape's best loss over the best
-    of any rule at that shape.
+    of any rule at that shape. verdict: `measured`, or `unresolved` with a reason.
     """
 
     parameterization: str
@@ -59,10 +61,11 @@ class Quality:
     base_weight_decay: float
     base_init_std: float
     shapes: int
-    fit_error: float | None  # None for fewer than three shapes
-    robustness: float | None  # None where a curve has no parabola
-    penalty: float
-    behind: float
+    fit_error: Estimate | None  # None for fewer than three shapes
+    robustness: Estimate | None  # None where a curve has no parabola
+    penalty: Estimate
+    behind: Estimate
+    verdict: str
 
 
 def horizons(curves: Sequence[Curve]) -> list[Horizon]:
@@ -88,7 +91,11 @@ def horizon(curves: Sequence[Curve]) -> Horizon:
     """The exponent of curves of one shape by ascending length."""
     lengths = [math.log2(curve.train_steps) for curve in curves]
     # d is the negative of the slope.
-    estimate = slope_of_optima(curves, [-length for length in lengths])
+    falling = [-length for length in lengths]
+    of_base = slope_of_optima(curves, falling)
+    # What the length does to the peak at one base rate; it has no noise.
+    of_scale = slope(falling, [curve.log2_scale for curve in curves])
+    estimate = Estimate(of_base.value + of_scale, of_base.low + of_scale, of_base.high + of_scale)
     at_edge = any(curve.optimum().at_edge for curve in curves)
     shortest = curves[0]
     return Horizon(
@@ -132,31 +139,61 @@ def quality(family: Sequence[Curve], curves: Sequence[Curve]) -> Quality:
     smallest = family[0]
     largest = family[-1]
     sizes = [math.log2(_size(curve)) for curve in family]
-    optima = [curve.optimum() for curve in family]
-    rates = [optimum.log2_lr for optimum in optima]
-    fit_error = None
-    if len(family) > 2:
+    same_size = []
+    for curve in curves:
+        same_shape = order_of_shapes(curve) == order_of_shapes(largest)
+        if same_shape and curve.train_steps == largest.train_steps:
+            same_size.append(curve)
+
+    def over_seeds(
+        statistic: Callable[[list[Array]], float], of_curves: Sequence[Curve]
+    ) -> Estimate:
+        return bootstrap(statistic, [curve.losses for curve in of_curves], lr_curves.REPLICATES)
+
+    def fit_error(means: list[Array]) -> float:
+        rates = [curve.optimum(mean).log2_lr for curve, mean in zip(family, means, strict=True)]
         line = np.polyfit(sizes, rates, 1)
-        fit_error = float(np.sqrt(np.mean((np.polyval(line, sizes) - rates) ** 2)))
-    curvatures = [optimum.fit[0] for optimum in optima if optimum.fit is not None]
-    robustness = None
-    if len(curvatures) == len(family):
-        robustness = slope(sizes, np.log2(curvatures).tolist())
-    at_smallest = loss_at(largest.log2_lr, largest.mean, optima[-1], rates[0])
-    same_size = [
-        curve.optimum().loss
-        for curve in curves
-        if order_of_shapes(curve) == order_of_shapes(largest)
-        and curve.train_steps == largest.train_steps
-    ]
+        return float(np.sqrt(np.mean((np.polyval(line, sizes) - rates) ** 2)))
+
+    def robustness(means: list[Array]) -> float:
+        fits = [curve.optimum(mean).fit for curve, mean in zip(family, means, strict=True)]
+        curvatures = [math.nan if fit is None else fit[0] for fit in fits]
+        return slope(sizes, np.log2(curvatures).tolist())
+
+    def penalty(means: list[Array]) -> float:
+        optimum = largest.optimum(means[1])
+        at_smallest = loss_at(
+            largest.log2_lr, means[1], optimum, smallest.optimum(means[0]).log2_lr
+        )
+        return float(np.maximum(at_smallest - optimum.loss, 0.0))
+
+    def behind(means: list[Array]) -> float:
+        best = [curve.optimum(mean).loss for curve, mean in zip(same_size, means[1:], strict=True)]
+        return largest.optimum(means[0]).loss - min(best)
+
+    used = [*family, *same_size]
+    curved = over_seeds(robustness, family)
     return Quality(
         *smallest.family,
         len(family),
-        fit_error,
-        robustness,
-        float(np.maximum(at_smallest - optima[-1].loss, 0.0)),
-        optima[-1].loss - min(same_size),
+        over_seeds(fit_error, family) if len(family) > 2 else None,
+        None if math.isnan(curved.value) else curved,
+        over_seeds(penalty, [smallest, largest]),
+        # A curve that is compared with itself is drawn once.
+        Estimate(0.0, 0.0, 0.0)
+        if len(same_size) == 1
+        else over_seeds(behind, [largest, *same_size]),
+        quality_verdict(used),
     )
+
+
+def quality_verdict(curves: Sequence[Curve]) -> str:
+    """`measured`, or `unresolved` with a reason."""
+    if any(curve.swept and curve.optimum().at_edge for curve in curves):
+        return AT_EDGE
+    if any(curve.losses.shape[1] < 2 for curve in curves):
+        return "unresolved: one seed gives no interval"
+    return "measured"
 
 
 def _size(curve: Curve) -> float:

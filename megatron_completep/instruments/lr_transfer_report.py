@@ -107,6 +107,7 @@ def verdict_lines(analysis: Analysis) -> list[str]:
             lines.append(_regret_line(optimum, optimum.regret))
     lines += [_saving_line(saving) for saving in analysis.savings]
     lines += [_horizon_line(horizon) for horizon in analysis.horizons]
+    lines += [_quality_line(quality) for quality in analysis.qualities]
     return lines
 
 
@@ -130,7 +131,17 @@ def _saving_line(saving: Saving) -> str:
 def _horizon_line(horizon: Horizon) -> str:
     shape = f"{horizon.num_layers} x {horizon.hidden_size}"
     name = f"{horizon.parameterization:<11} wd {horizon.base_weight_decay:g}, {shape}"
-    return f"{name}: best lr ~ tokens^-d, d = {horizon.exponent}: {horizon.verdict}"
+    return f"{name}: best peak lr ~ tokens^-d, d = {horizon.exponent}: {horizon.verdict}"
+
+
+def _quality_line(quality: Quality) -> str:
+    setting = f"wd {quality.base_weight_decay:g}, {quality.train_steps} steps"
+    numbers = [f"penalty {quality.penalty} nats", f"behind {quality.behind} nats"]
+    if quality.robustness is not None:
+        numbers.insert(0, f"robustness {quality.robustness}")
+    if quality.fit_error is not None:
+        numbers.insert(0, f"fit error {quality.fit_error} octaves")
+    return f"{quality.parameterization:<11} {setting}: {', '.join(numbers)}: {quality.verdict}"
 
 
 def build(analysis: Analysis) -> Report:
@@ -204,8 +215,8 @@ def _add_savings(document: Report, analysis: Analysis) -> None:
 def _add_horizons(document: Report, horizons: Sequence[Horizon]) -> None:
     section = document.section(
         "Length of the run",
-        "The exponent d of best learning rate ~ tokens^-d at a fixed batch, with its 95 % "
-        "interval: what completep.duration_exponent takes.",
+        "The exponent d of best peak learning rate ~ tokens^-d at a fixed batch, with its 95 % "
+        "interval: what completep.duration_exponent takes. It holds for the decay that was swept.",
     )
     rows: list[list[Any]] = []
     for entry in horizons:
@@ -223,15 +234,16 @@ def _add_qualities(document: Report, qualities: Sequence[Quality]) -> None:
         "After arXiv 2605.21486. Fit error: octaves of the optima from their line over the size. "
         "Robustness: exponent of the curve's curvature over the size; lower is more forgiving. "
         "Penalty: nats lost at the largest shape at the smallest one's learning rate. Behind: nats "
-        "of its best loss over the best rule's.",
+        "of its best loss over the best rule's. Intervals are 95 %, by bootstrap over seeds.",
     )
     rows: list[list[Any]] = []
     for entry in qualities:
         numbers = [entry.fit_error, entry.robustness, entry.penalty, entry.behind]
+        cells = [None if number is None else str(number) for number in numbers]
         setting = [entry.parameterization, entry.train_steps, entry.base_weight_decay]
-        rows.append([*setting, entry.shapes, *numbers])
+        rows.append([*setting, entry.shapes, *cells, entry.verdict])
     heads = ["parameterization", "steps", "wd", "shapes"]
-    section.table([*heads, "fit error", "robustness", "penalty", "behind"], rows)
+    section.table([*heads, "fit error", "robustness", "penalty", "behind", "verdict"], rows)
 
 
 def _add_curves(document: Report, curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> None:

@@ -5,6 +5,7 @@ And back: the proxy that belongs to a target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_completep.files import write_whole
 from megatron_completep.instruments.derive import Scaling, derived, duration_of
 from megatron_completep.instruments.run_shape import CLOSE, Asked, Choice, Family, Shape
 from megatron_completep.instruments.trial import change, on_one_process, reshape
-from megatron_completep.planning.layout_search import Layout, search
+from megatron_completep.planning.layout_search import Layout, Say, search
 from megatron_completep.planning.scaling import Gpu
 
 # Exponents of the best learning rate in tokens, and where they were fitted. The sign is contested,
@@ -71,8 +72,16 @@ class NewRun:
         return self.choice.shape
 
 
-def new_run(proxy: Config, asked: Asked, scaling: Scaling, gpus: Gpus | None = None) -> NewRun:
+def new_run(
+    proxy: Config,
+    asked: Asked,
+    scaling: Scaling,
+    gpus: Gpus | None = None,
+    say: Say = lambda text: None,
+) -> NewRun:
     """The run of a proxy's family that is nearest to what is asked.
+
+    `say` gets lines on the search of a layout, where it takes longer.
 
     Raises ConfigError where no shape is near, no layout fits the GPUs, or the settings do not fit
     the new size.
@@ -82,7 +91,8 @@ def new_run(proxy: Config, asked: Asked, scaling: Scaling, gpus: Gpus | None = N
     config = derived(proxy, choice.shape, scaling, count)
     layouts: tuple[Layout, ...] = ()
     if gpus is not None:
-        layouts = tuple(search(config, gpus.count, gpus.kind))
+        say(f"searching the layout of {choice.shape} on {gpus.count} GPUs")
+        layouts = tuple(search(config, gpus.count, gpus.kind, say=say))
         config = layouts[0].config
     check_config(config)
     return NewRun(proxy, config, choice, asked, scaling, layouts, gpus)
@@ -221,15 +231,65 @@ def reasons(run: NewRun) -> dict[tuple[str, str], str]:
         ): f"the proxy's x {growth:.4g}^{power:g} (tokens), rounded",
         ("training", "train_steps"): f"{run.scaling.tokens_per_parameter:g} tokens a parameter",
     }
-    if scales:
+    return {**texts, **_base_reasons(run), **_decay_reasons(run, scales), **_layout_reasons(run)}
+
+
+def _base_reasons(run: NewRun) -> dict[tuple[str, str], str]:
+    """Of what is taken from the proxy, or cannot be."""
+    texts = {("model", "head_dim"): "the proxy's size of heads"}
+    texts["model", "shared_ffn_hidden_size"] = "the proxy's ratio to hidden_size"
+    for key in ("ffn_hidden_size", "head_dim", "num_experts", "top_k", "expert_ffn_hidden_size"):
+        texts["completep", f"base_{key}"] = "the proxy's"
+    if run.scaling.duration_exponent is not None:
+        texts["completep", "duration_exponent"] = "asked: of m_D in S, in place of batch_exponent"
+    texts["training", "output_dir"] = "the proxy's, with this shape and length"
+    training = run.proxy.training
+    dropped = {
+        "batch_ramp": training.batch_ramp,
+        "stop_at_step": training.stop_at_step,
+        "skip_steps": training.skip_steps,
+    }
+    for key, setting in dropped.items():
+        if setting:
+            texts["training", key] = "dropped: the proxy's counts its own steps and sequences"
+    if run.config.optimizer.overrides != run.proxy.optimizer.overrides:
+        texts["optimizer", "overrides"] = "the proxy's, those of single layers over this depth"
+    return texts
+
+
+def _decay_reasons(run: NewRun, scales: Sequence[Timescale]) -> dict[tuple[str, str], str]:
+    """Of weight decay: its rule, and what the rule reads."""
+    texts = {}
+    asked = run.scaling.weight_decay_rule is not None
+    rule = run.config.optimizer.weight_decay_rule
+    texts["optimizer", "weight_decay_rule"] = "asked" if asked else "the proxy's"
+    if rule == "tau":
+        texts["optimizer", "target_tau"] = "the proxy's tau of its hidden weights, kept"
+        texts["optimizer", "base_weight_decay"] = "not read: target_tau says how much decays"
+    elif scales:
         texts["optimizer", "base_weight_decay"] = f"the proxy's; tau of {scales[0]}"
-    if run.layouts:
-        for key in ("tensor", "pipeline", "context"):
-            texts["parallel", f"{key}_parallel_size"] = "searched"
-        texts["parallel", "virtual_pipeline_size"] = "searched"
-        texts["parallel", "optimizer_shard_size"] = "searched"
-        texts["training", "micro_batch_size"] = "searched"
-        texts["training", "recompute"] = "searched"
+    return texts
+
+
+def _layout_reasons(run: NewRun) -> dict[tuple[str, str], str]:
+    """Of the division over ranks: what was searched, or that of one process."""
+    sizes = [f"{axis}_parallel_size" for axis in ("tensor", "pipeline", "context")]
+    sizes += ["virtual_pipeline_size", "optimizer_shard_size"]
+    if not run.layouts:
+        proxy = run.proxy.parallel
+        keys = [*sizes, "schedule", "pipeline_split", "sequence_parallel"]
+        differing = [
+            key for key in keys if getattr(proxy, key) != getattr(run.config.parallel, key)
+        ]
+        texts = {("parallel", key): "one process: --gpus was not named" for key in differing}
+        texts["training", "micro_batch_size"] = "the proxy's, or what divides the batch"
+        return texts
+    texts = {("parallel", key): "searched" for key in sizes}
+    texts["parallel", "schedule"] = "that of the virtual stages"
+    texts["parallel", "sequence_parallel"] = "with tensor ranks: it saves activations"
+    texts["parallel", "pipeline_split"] = "layers are shared evenly"
+    texts["training", "micro_batch_size"] = "searched"
+    texts["training", "recompute"] = "searched"
     return texts
 
 

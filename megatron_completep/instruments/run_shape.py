@@ -24,7 +24,7 @@ from megatron_completep.roles import Role
 CLOSE = 0.03  # of what was asked: shapes that are as near are told apart by their ratio N : L
 SIZE_WEIGHT = 4.0 * CLOSE  # a miss as large as `close` counts as one of 12 % in the ratio
 RATIO_RANGE = 1.5  # of N : L, round the one that is asked
-MOST_LAYERS = 10_000
+MOST_LAYERS = 2**14  # of a shape that is looked at
 OUTER = (Role.EMBEDDING, Role.UNEMBEDDING)
 
 
@@ -146,14 +146,15 @@ class Family:
     def choose(self, asked: Asked) -> Choice:
         """The shape of `nearest`.
 
-        Raises ConfigError where even the smallest shape is more than twice as large as asked.
+        Raises ConfigError where no shape is between a fifth of what was asked and twice that.
         """
         choice = self.nearest(asked)
-        if choice.miss > 1:
+        if not -0.8 <= choice.miss <= 1:
             raise ConfigError(
-                f"asked for {asked.wanted:.4g}, but the smallest shape of this proxy has "
-                f"{asked.size(choice.shape):.4g} ({choice.shape}). Ask for more, or take another "
-                "proxy."
+                f"asked for {asked.wanted:.4g}, but the nearest shape of this proxy with N : L "
+                f"within a factor of {RATIO_RANGE} of {asked.ratio:.4g} and up to "
+                f"{MOST_LAYERS:,} layers has {asked.size(choice.shape):.4g} ({choice.shape}). "
+                "Ask for about that, for another --shape, or take a proxy of another size."
             )
         return choice
 
@@ -165,7 +166,7 @@ class Family:
         if near:
             closest = min(near, key=lambda shape: _distance(shape, asked))
         else:
-            closest = min(candidates, key=lambda shape: abs(math.log1p(asked.miss(shape))))
+            closest = min(candidates, key=lambda shape: _log_miss(shape, asked))
         # A layer more and a layer less are always there to choose from.
         layers = closest.num_layers
         deeper = self.shape(closest.hidden_size, layers + 1)
@@ -191,7 +192,8 @@ class Family:
             depths = [asked.depth or max(1, self._layers_below(width, asked))]
             if asked.depth is None:
                 # The last one is that of the ratio, for where size matters little.
-                depths += [depths[0] + 1, max(1, round(width / asked.ratio))]
+                of_ratio = min(MOST_LAYERS, max(1, round(width / asked.ratio)))
+                depths += [min(MOST_LAYERS, depths[0] + 1), of_ratio]
             shapes += [self.shape(width, depth) for depth in dict.fromkeys(depths)]
             # Ratios grow with the width: once they are above the range, they stay there.
             if width / max(depths[:2]) > highest:
@@ -232,7 +234,12 @@ def measured(model: ModelConfig) -> Shape:
 
 def _distance(shape: Shape, asked: Asked) -> float:
     ratio = abs(math.log(shape.ratio / asked.ratio))
-    return ratio + SIZE_WEIGHT / asked.close * abs(math.log1p(asked.miss(shape)))
+    return ratio + SIZE_WEIGHT / asked.close * _log_miss(shape, asked)
+
+
+def _log_miss(shape: Shape, asked: Asked) -> float:
+    """The distance of a shape from what was asked, in natural logarithms of the size."""
+    return abs(math.log(asked.size(shape) / asked.wanted))
 
 
 def _parameters(shape: Shape) -> int:

@@ -6,8 +6,8 @@ soon as the bound is above the layouts that were found: its answer is that of tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from megatron_completep.planning.scaling import (
     ScalingPlan,
     bubble_share,
     in_flight,
+    rank_memory,
     scaling_plan,
 )
 from megatron_completep.planning.sizes import (
@@ -48,6 +49,8 @@ SAFE = 0.97  # of a bound on memory: buckets are padded, and layers round
 LEAST_STATES = 2  # numbers in the optimizer a parameter: the master and one state
 USABLE = 0.94  # of a GPU's memory, as the plan's warning has it
 MOST_GPUS = 2**16  # of the answer to "how many would do?"
+MOST_TRIED = 8  # layouts a number of GPUs, for that answer
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,14 @@ def candidates(config: Config, gpus: int, axes: Axes) -> Iterator[Config]:
 
 
 def search(
-    config: Config, gpus: int, gpu: Gpu, count: int = 4, axes: Axes | None = None
+    config: Config,
+    gpus: int,
+    gpu: Gpu,
+    count: int = 4,
+    axes: Axes | None = None,
+    say: Say = lambda text: None,
 ) -> list[Layout]:
-    """The `count` fastest layouts that fit, fastest first.
+    """The `count` fastest layouts that fit, fastest first. `say` gets lines on what takes longer.
 
     Raises ConfigError where none fits, with the smallest number of GPUs that would do, from twice
     as many on in powers of two.
@@ -155,7 +163,7 @@ def search(
     raise ConfigError(
         f"--gpus {gpus}: no layout of this model fits into {gpu.memory / 1e9:.3g} GB a GPU with a "
         f"global batch of {config.training.global_batch_size} sequences. "
-        f"{_enough(config, gpus, gpu, axes)}"
+        f"{_enough(config, gpus, gpu, axes, say)}"
     )
 
 
@@ -170,8 +178,8 @@ def _fastest(config: Config, gpus: int, gpu: Gpu, count: int, axes: Axes) -> lis
         # What comes now is slower than all that were found.
         if len(layouts) == count and bound > layouts[-1].plan.step_seconds:
             break
-        layout = _planned(candidate, gpus, gpu)
-        if layout is not None and layout.fits(gpu):
+        if _is_allowed(candidate, gpus) and memory_fits(candidate, gpus, gpu):
+            layout = Layout(candidate, scaling_plan(candidate, gpus, gpu))
             layouts = sorted([*layouts, layout], key=order)[:count]
     return layouts
 
@@ -181,13 +189,13 @@ def order(layout: Layout) -> tuple[float, int, int]:
     return layout.plan.step_seconds, layout.memory, -layout.plan.data_parallel_size
 
 
-def _planned(candidate: Config, gpus: int, gpu: Gpu) -> Layout | None:
-    """The layout with its plan; None where a rule between settings refuses it."""
+def _is_allowed(candidate: Config, gpus: int) -> bool:
+    """Whether no rule between settings refuses a layout."""
     try:
         check_world(candidate, gpus)
     except ConfigError:
-        return None
-    return Layout(candidate, scaling_plan(candidate, gpus, gpu))
+        return False
+    return True
 
 
 class Layer(NamedTuple):
@@ -303,10 +311,11 @@ def _single_rank(config: Config, layers: int) -> Layer:
     return Layer(layout.size, models[0].activation_bytes(micro_batch_sizes(short)))
 
 
-def _enough(config: Config, gpus: int, gpu: Gpu, axes: Axes) -> str:
+def _enough(config: Config, gpus: int, gpu: Gpu, axes: Axes, say: Say) -> str:
     """How many GPUs would do, as a sentence."""
     more = 2 * gpus
     while more <= MOST_GPUS:
+        say(f"no layout fits {more // 2} GPUs; trying {more}")
         if any_fits(config, more, gpu, axes):
             return f"Use at least {more} GPUs, or GPUs with more memory."
         more *= 2
@@ -317,17 +326,42 @@ def _enough(config: Config, gpus: int, gpu: Gpu, axes: Axes) -> str:
 
 
 def any_fits(config: Config, gpus: int, gpu: Gpu, axes: Axes) -> bool:
-    """Whether some layout fits, the leanest first."""
-
-    def thirst(candidate: Config) -> tuple[bool, int]:
-        is_lean = candidate.training.recompute == "full"
-        return not is_lean, candidate.training.micro_batch_size
-
+    """Whether some layout fits, by memory alone: of the leanest ones, MOST_TRIED by their bound."""
     bounds = Bounds(config, gpus, gpu)
-    for candidate in sorted(candidates(config, gpus, axes), key=thirst):
-        if bounds.least_memory(candidate) > USABLE * gpu.memory:
-            continue
-        layout = _planned(candidate, gpus, gpu)
-        if layout is not None and layout.fits(gpu):
-            return True
-    return False
+    bounded = []
+    for number, candidate in enumerate(candidates(config, gpus, lean(axes))):
+        least = bounds.least_memory(candidate)
+        if least <= USABLE * gpu.memory and _is_allowed(candidate, gpus):
+            bounded.append((least, number, candidate))
+    leanest = sorted(bounded, key=lambda entry: entry[:2])[:MOST_TRIED]
+    return any(memory_fits(candidate, gpus, gpu) for _, _, candidate in leanest)
+
+
+def lean(axes: Axes) -> Axes:
+    """The part of the axes that has the layouts of the least memory.
+
+    Smaller micro-batches keep fewer activations, and divide whatever larger ones divide; virtual
+    stages keep more of them; an optimizer over all ranks is the smallest on each.
+    """
+    by_thirst = sorted(axes.recompute, key=("full", "selective", "none").index)
+    shards = (None,) if None in axes.shards else axes.shards
+    return replace(
+        axes,
+        virtual=(min(axes.virtual),),
+        micro_batch=(min(axes.micro_batch),),
+        recompute=(by_thirst[0],),
+        shards=shards,
+    )
+
+
+def memory_fits(config: Config, gpus: int, gpu: Gpu) -> bool:
+    """Whether every pipeline rank holds its part; the first, mostly the fullest, is asked first.
+
+    It costs far less than a plan, whose traffic is that of the whole model on every rank.
+    """
+    shared = gradient_parallel_size(config, gpus)
+    micro_batches = micro_batches_per_step(config, gpus)
+    for rank in range(config.parallel.pipeline_parallel_size):
+        if rank_memory(config, rank, shared, micro_batches).total > USABLE * gpu.memory:
+            return False
+    return True

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +18,22 @@ import yaml
 
 from megatron_completep.config import Config, load_config, save_config
 from megatron_completep.config.derived import total_tokens
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.data.corpus import parse_split
+from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.instruments import ladder as ladders
-from megatron_completep.instruments import sweep
+from megatron_completep.instruments import ladder_advice, ladder_report, sweep
 from megatron_completep.instruments.derive import Scaling
 from megatron_completep.instruments.ladder import Ladder, Wish, plan, runs
-from megatron_completep.instruments.ladder_analysis import analyse, curve_spread, end_of
+from megatron_completep.instruments.ladder_analysis import (
+    COLLAPSES,
+    CURVE_GROUPS,
+    DIFFERS,
+    Finished,
+    analyse,
+    collapse_verdict,
+    curve_spread,
+    end_of,
+)
 from megatron_completep.instruments.ladder_fit import Noise
 from megatron_completep.instruments.run_shape import Asked
 from megatron_completep.tools.ladder import main
@@ -52,10 +67,16 @@ def wish(**changes: object) -> Wish:
     return Wish(**settings)
 
 
-def write_results(ladder: Ladder, folder: Path, moved: float = 0.0, wrong: float = 0.0) -> None:
+def write_results(
+    ladder: Ladder,
+    folder: Path,
+    moved: float = 0.0,
+    wrong: float = 0.0,
+    effects: Sequence[float] = (0.0, 0.0, 0.0),
+) -> None:
     """Results of a known law; moved: nats that twice the rate is better at the top rung.
 
-    wrong: nats that the top rung lies above the law.
+    wrong: nats that the top rung lies above the law. effects: nats of each seed, on all rungs.
     """
     random = np.random.default_rng(0)
     for run in runs(ladder):
@@ -64,7 +85,7 @@ def write_results(ladder: Ladder, folder: Path, moved: float = 0.0, wrong: float
         flops = rung.shape.run_flops(ladder.scaling.tokens_per_parameter)
         is_top = rung is ladder.rungs[-1]
         loss = 1.0 + 2.0 * (flops / 1e8) ** -0.15 + 0.002 * random.standard_normal()
-        loss += wrong * is_top + 0.1 * abs(run.octaves)
+        loss += wrong * is_top + 0.1 * abs(run.octaves) + effects[point.seed]
         if run.octaves == 1 and is_top and moved:
             loss -= 0.1 + moved
         parts = np.linspace(0.01, 1, sweep.CURVE_PARTS)
@@ -104,6 +125,120 @@ def test_rungs_that_do_not_grow_and_targets_below_them_are_refused(tmp_path: Pat
         plan(config, wish(target=Asked(8.0, 1.0, flops=1e9)))
     with pytest.raises(ConfigError, match="2 numbers for 5 rungs"):
         plan(config, wish(seeds=(1, 2)))
+    # Its seeds would count twice.
+    with pytest.raises(ConfigError, match="completep stands there more than once"):
+        plan(config, wish(rules=("completep", "mup", "completep")))
+
+
+def test_a_forecast_has_the_shape_that_the_ladder_was_asked_for(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(ratio=16.0))
+    ladders.save(ladder, tmp_path)
+    write_results(ladder, tmp_path)
+    figures = ladder_report.predict(tmp_path, (None, None, 6))
+    assert (figures["num_layers"], figures["hidden_size"]) == (6, 96)
+    # The same ladder is planned anew over a folder of before the ratio was kept, which has the
+    # proxy's.
+    own = plan(proxy(tmp_path), wish())
+    ladders.save(own, tmp_path / "old")
+    path = tmp_path / "old/ladder.json"
+    content = json.loads(path.read_text())
+    del content["ratio"]
+    path.write_text(json.dumps(content))
+    assert ladders.load(tmp_path / "old") == own
+    ladders.save(own, tmp_path / "old")
+    assert json.loads(path.read_text())["ratio"] == 8.0
+
+
+def test_runs_that_are_missing_leave_the_others_with_their_seeds(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,)))
+    write_results(ladder, tmp_path, effects=(0.03, 0.02, -0.05))
+    (whole,) = analyse(ladder, tmp_path)
+    for run in runs(ladder):
+        if run.rung in ("02", "05") and run.point.seed == 0 and run.kind == "rung":
+            sweep.result_path(tmp_path, run.point).unlink()
+    (gappy,) = analyse(ladder, tmp_path)
+    assert list(gappy.rungs[1].by_seed) == [1, 2]
+    assert gappy.noise.sigma < 2 * whole.noise.sigma
+    assert abs(gappy.holdout.miss) < 0.01
+    assert abs(whole.holdout.miss) < 0.01
+
+
+def test_all_rungs_have_the_shape_that_was_asked_for_and_others_are_named(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(ratio=16.0, largest_flops=2e10))
+    ratios = [rung.shape.ratio for rung in ladder.rungs]
+    assert ladder.rungs[0].shape.ratio == 16.0
+    assert max(ratios) / min(ratios) < 1.5
+    far = [warning for warning in ladder_advice.warnings(ladder) if "N : L is 16" in warning]
+    named = set(re.findall(r"(\d\d) \(", far[0])) if far else set()
+    assert named == {r.name for r in ladder.rungs if abs(math.log(r.shape.ratio / 16)) > 0.1}
+    # A ratio whose shapes lie too far apart is refused with what there is.
+    with pytest.raises(ConfigError, match=r"N : L within a factor of 1.5 of 1 .* has \d"):
+        plan(proxy(tmp_path), wish(ratio=1.0, scaling=Scaling(0.1)))
+
+
+def test_a_study_shows_its_shapes_and_names_what_it_leaves_out(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(largest_flops=2e10, ratios=(4.0, 8.0, 256.0)))
+    names = [row[0] for row in ladders.table_rows(ladder)]
+    shapes = sum(len(shapes) for shapes in ladder.study.values())
+    assert shapes > 0
+    assert len(names) == 5 + shapes
+    gaps = ladder_advice.study_gaps(ladder, (4.0, 8.0, 256.0))
+    assert "it has that shape" in gaps[-2]
+    assert gaps[-1].startswith("--study 256 is left out at rungs 01 (nearest ")
+    for name, row in ((row[0], row) for row in ladders.table_rows(ladder)):
+        assert (name.endswith("study")) == (row[1] not in {str(r.shape) for r in ladder.rungs})
+
+
+def test_text_that_is_read_twice_and_a_far_target_are_warned_of(tmp_path: Path):
+    config = proxy(tmp_path)
+    target = Asked(8.0, 1.0, flops=1e12)
+    ladder = plan(config, wish(target=target))
+    # Without the files there is nothing to say of them.
+    assert not any("more than once" in warning for warning in ladder_advice.warnings(ladder))
+    write_markov_chain(tmp_path / "text", 8_000)
+    said = "\n".join(ladder_advice.warnings(ladder))
+    (tokens,) = [row[5] for row in ladders.table_rows(ladder) if row[0] == "05"]
+    # By hand: the share of the 20 documents, of equal length, that is trained on.
+    share = parse_split(config.data.split)[0] if config.data.split else 1.0
+    epochs = int(tokens.replace(",", "")) / (round(20 * share) * 400)
+    assert f"05 ({epochs:.3g} times)" in said
+    assert "01 (" not in said
+    assert "times the compute of the top rung" in said
+    near = plan(config, wish(target=Asked(8.0, 1.0, flops=8e9)))
+    assert not any("top rung" in warning for warning in ladder_advice.warnings(near))
+
+
+def test_whatever_is_no_forecast_ends_with_another_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,)))
+    for name in ("good", "bent", "gone"):
+        ladders.save(ladder, tmp_path / name)
+        write_results(ladder, tmp_path / name)
+    ask = ["--flops", "4e9"]
+    assert main(["predict", str(tmp_path / "good"), *ask]) == 0
+    # Rungs in turn above and below any law.
+    for run in runs(ladder):
+        path = sweep.result_path(tmp_path / "bent", run.point)
+        result = json.loads(path.read_text())
+        result["validation_loss"] += 0.2 * (run.rung in ("02", "04"))
+        path.write_text(json.dumps(result))
+    assert main(["fit", str(tmp_path / "bent")]) == 3
+    assert "no power law" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "bent"), *ask]) == 3
+    # Four rungs of five still give a law, and the reader is told.
+    for run in runs(ladder):
+        if run.rung == "05":
+            sweep.result_path(tmp_path / "gone", run.point).unlink()
+    main(["predict", str(tmp_path / "gone"), *ask])
+    assert "5 missing (5 of rung 05)" in capsys.readouterr().out
+    (gone,) = analyse(ladder, tmp_path / "gone")
+    assert "5 of rung 05" in ladder_report.findings(ladder, [gone], {"05": 5})[0]
+    # A run that diverged.
+    path = sweep.result_path(tmp_path / "bent", runs(ladder)[0].point)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "diverged": True}))
+    assert main(["predict", str(tmp_path / "bent"), *ask]) == 3
+    assert "no law: a run of the ladder diverged" in capsys.readouterr().out
 
 
 def test_a_known_ladder_is_forecast_and_a_wrong_top_rung_is_seen(tmp_path: Path):
@@ -133,16 +268,37 @@ def test_a_learning_rate_moved_only_by_more_than_the_noise():
     assert end_of("05", losses, Noise(float("nan"), 0)).verdict.startswith("unresolved")
 
 
-def test_curves_of_another_decay_do_not_collapse(tmp_path: Path):
+def averaged_curve(tau: float, scale: float, floor: float) -> np.ndarray:
+    """Losses of weights that are a mean over the last share `tau` of a run's updates.
+
+    What they began with is forgotten as exp(-share / tau), and the noise of the updates is averaged
+    in as fast: the limit of AdamW with decay (arXiv 2405.13698).
+    """
+    share = (np.arange(CURVE_GROUPS) + 0.5) / CURVE_GROUPS
+    forgotten = np.exp(-2 * share / tau)
+    return floor + scale * (forgotten + 0.1 * tau * (1 - forgotten))
+
+
+def test_curves_collapse_at_equal_tau_alone(tmp_path: Path):
     ladder = plan(proxy(tmp_path), wish())
     write_results(ladder, tmp_path / "runs")
     (analysis,) = analyse(ladder, tmp_path / "runs")
-    rungs = list(analysis.rungs)
-    assert curve_spread(rungs, 1.0) < 0.02
-    # A run that falls late, as a long timescale of the decay makes it.
-    late = 1.0 + (rungs[-1].curve - 1.0) ** 1.5
-    rungs[-1] = type(rungs[-1])(**{**vars(rungs[-1]), "curve": late})
-    assert curve_spread(rungs, 1.0) > 0.03
+
+    def with_tau(taus: Sequence[float]) -> list[Finished]:
+        rungs = []
+        for number, (rung, tau) in enumerate(zip(analysis.rungs, taus, strict=True)):
+            curve = averaged_curve(tau, 3.0 * 0.7**number, 1.0)
+            rungs.append(replace(rung, curve=curve, tau=tau))
+        return rungs
+
+    alike = with_tau([0.3] * 5)
+    assert curve_spread(alike, 1.0) <= COLLAPSES
+    assert collapse_verdict(alike, curve_spread(alike, 1.0)) == "collapses"
+    # The control: the largest run's weights remember four times as long.
+    mixed = with_tau([0.3, 0.3, 0.3, 0.3, 1.2])
+    assert curve_spread(mixed, 1.0) >= DIFFERS
+    verdict = collapse_verdict(mixed, curve_spread(mixed, 1.0))
+    assert verdict == "does not collapse: tau is 0.3 to 1.2"
 
 
 @pytest.fixture
@@ -191,6 +347,11 @@ def test_the_job_files_name_every_run(tmp_path: Path):
     assert main(["run", str(folder), "--write-jobs"]) == 0
     count = len(ladders.points(ladder))
     script = folder / "jobs/ladder.sbatch"
+    # As sbatch and a shell part them.
+    lines = script.read_text().splitlines()
+    (output,) = [line.partition("--output=")[2] for line in lines if "--output=" in line]
+    assert shlex.split(output) == [str(folder / "jobs/slurm-%A_%a.log")]
+    assert shlex.split(lines[1].partition(":")[2]) == ["sbatch", str(script)]
     assert f"#SBATCH --array=0-{count - 1}\n" in script.read_text()
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     job = yaml.safe_load((folder / "jobs/ladder.yaml").read_text())
@@ -199,3 +360,6 @@ def test_the_job_files_name_every_run(tmp_path: Path):
     assert f"run '{folder}' --workers 1 --only" in command
     with pytest.raises(ConfigError, match=f"has {count} runs"):
         main(["run", str(folder), "--only", str(count)])
+    for words in (["--slurm", "timeout_min=1"], ["--only", "0"], ["--workers", "2"]):
+        with pytest.raises(UserError, match="do not go together"):
+            main(["run", str(folder), "--write-jobs", *words])

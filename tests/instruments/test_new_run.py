@@ -11,18 +11,30 @@ import pytest
 from megatron_completep.completep import table_of
 from megatron_completep.completep.tau import timescales
 from megatron_completep.config import Config, load_config, save_config
-from megatron_completep.config.derived import tokens_per_step, total_tokens
-from megatron_completep.errors import ConfigError
+from megatron_completep.config.derived import num_query_groups, tokens_per_step, total_tokens
+from megatron_completep.errors import ConfigError, UserError
 from megatron_completep.instruments.derive import Scaling, derived
-from megatron_completep.instruments.new_run import law_tau, new_run, proxy_of, rates
+from megatron_completep.instruments.new_run import (
+    Gpus,
+    law_tau,
+    new_run,
+    proxy_of,
+    rates,
+    reasons,
+    yaml_of,
+)
 from megatron_completep.instruments.run_shape import Asked, Family
+from megatron_completep.instruments.trial import change
 from megatron_completep.planning.plan import make_plan
+from megatron_completep.planning.scaling import gpu_of
 from megatron_completep.roles import Role
 from megatron_completep.tools.new_run import main
+from megatron_completep.tools.show_plan import main as show_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PROXY = ROOT / "configs/completep_1b_proxy.yaml"
 RATIO = 128.0  # of the proxy
+UNREAD = ["--gpu", "h100", "--duration-exponent", "0.3"]  # by --proxy
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +84,13 @@ def test_depth_flops_and_ratio_are_what_was_asked(proxy: Config) -> None:
     choice = family.choose(Asked(64.0, 20.0, flops=1e21))
     assert choice.shape.run_flops(20.0) == pytest.approx(1e21, rel=0.03)
     assert choice.shape.ratio == pytest.approx(64, rel=0.5)
-    with pytest.raises(ConfigError, match="smallest shape"):
+    with pytest.raises(ConfigError, match="the nearest shape of this proxy"):
         family.choose(Asked(RATIO, 20.0, parameters=1e5))
+    for beyond in ({"parameters": 1e30}, {"flops": 1e60}):
+        with pytest.raises(ConfigError, match=r"asked for 1e\+[36]0, but .* 16,384 layers has"):
+            family.choose(Asked(RATIO, 20.0, **beyond))
+    largest = family.nearest(Asked(RATIO, 20.0, parameters=1e30)).shape
+    assert largest.num_layers <= 16_384
 
 
 def test_asked_for_the_proxy_itself_it_gives_the_proxy_back(proxy: Config) -> None:
@@ -140,6 +157,31 @@ def test_the_proxy_of_a_target_is_the_one_that_it_came_from(proxy: Config) -> No
     assert (invented.model.num_layers, invented.model.hidden_size) == (2, 256)
 
 
+def test_every_value_that_is_not_the_proxys_has_a_reason(proxy: Config) -> None:
+    steps = proxy.training.train_steps
+    counted = {"stop_at_step": steps // 2, "recompute": "full"}
+    divided = {"pipeline_parallel_size": 2}
+    own = change(proxy, training=counted, parallel=divided)
+    scaling = Scaling(duration_exponent=0.3, weight_decay_rule="tau")
+    asked = Asked(RATIO, 20.0, depth=4)
+    for gpus in (None, Gpus(8, gpu_of("h100"))):
+        run = new_run(own, asked, scaling, gpus)
+        before = own.model_dump(mode="json")
+        texts = reasons(run)
+        written = yaml_of(run)
+        for section, settings in run.config.model_dump(mode="json").items():
+            for key, setting in settings.items():
+                if setting != before[section][key]:
+                    assert (section, key) in texts
+                    assert f"# {texts[section, key]}" in written
+    assert "target_tau" in texts["optimizer", "base_weight_decay"]
+    assert "dropped" in texts["training", "stop_at_step"]
+    # Under the proxy's own rule the decay is read, and its tau is shown.
+    plain = reasons(new_run(own, asked, Scaling()))
+    assert plain["optimizer", "base_weight_decay"].startswith("the proxy's; tau of ")
+    assert ("completep", "duration_exponent") not in plain
+
+
 def test_the_written_file_is_the_run_with_its_reasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,12 +191,22 @@ def test_the_written_file_is_the_run_with_its_reasons(
     said = capsys.readouterr().out
     assert said.count("next: ") == 3
     text = path.read_text()
-    assert "hidden_size: 1536  # N : L" in text or "# N : L = " in text
-    assert "train_steps: " in text and "# 20 tokens a parameter" in text
     config = load_config(path)
+    model = config.model
+    ratio = f"{model.hidden_size / model.num_layers:.4g}"
+    assert f"  hidden_size: {model.hidden_size}  # N : L = {ratio}, asked 128\n" in text
+    assert f"  train_steps: {config.training.train_steps}  # 20 tokens a parameter\n" in text
+    # The layout is one that the plan of 16 GPUs takes, and holds.
+    tensor = config.parallel.tensor_parallel_size
+    assert model.num_attention_heads % tensor == 0
+    assert num_query_groups(model) % tensor == 0
+    assert show_plan([str(path), "--world-size", "16", "--gpu", "h100"]) in (None, 0)
+    assert "does not fit" not in capsys.readouterr().out
     save_config(config, tmp_path / "plain.yaml")
     assert load_config(tmp_path / "plain.yaml") == config
     assert config.completep.base_hidden_size == 256
     # The other way, through the tool.
     assert main([str(path), "--proxy", "--to", str(tmp_path / "proxy.yaml")]) == 0
     assert load_config(tmp_path / "proxy.yaml").model == load_config(PROXY).model
+    with pytest.raises(UserError, match="--gpu, --duration-exponent: --proxy takes"):
+        main([str(path), "--proxy", "--to", str(tmp_path / "other.yaml"), *UNREAD])

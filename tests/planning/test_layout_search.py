@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,13 @@ from megatron_completep.config import Config
 from megatron_completep.config.check import check_world
 from megatron_completep.errors import ConfigError
 from megatron_completep.planning.layout_search import (
+    USABLE,
     Axes,
     Bounds,
     Layout,
+    any_fits,
     candidates,
+    memory_fits,
     order,
     search,
 )
@@ -92,5 +96,17 @@ def test_too_few_gpus_are_refused_with_the_number_that_would_do():
     with pytest.raises(ConfigError):
         search(config(), 4, tiny, 1, AXES)
     hopeless = Gpu("hopeless", 1e6, 2e12, 300e12, 300e9, 25e9)
+    said: list[str] = []
     with pytest.raises(ConfigError, match="Not even"):
-        search(config(), 1, hopeless, 1, AXES)
+        search(config(), 1, hopeless, 1, AXES, said.append)
+    assert said[0] == "no layout fits 1 GPUs; trying 2"
+
+
+def test_the_leanest_layouts_tell_whether_any_fits(layouts: list[Layout]):
+    """The question how many GPUs would do is answered without plans, as all plans would."""
+    leanest = min(layout.memory for layout in layouts)
+    for share in (0.99, 1.01, 1.5):
+        gpu = replace(SCARCE, memory=share * leanest / USABLE)
+        assert any_fits(config(), GPUS, gpu, AXES) == any(layout.fits(gpu) for layout in layouts)
+    for layout in layouts[::7]:
+        assert memory_fits(layout.config, GPUS, SCARCE) == layout.fits(SCARCE)

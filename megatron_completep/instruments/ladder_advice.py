@@ -1,0 +1,149 @@
+"""What a user should know of a ladder before it is paid for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from megatron_completep.config.derived import total_tokens
+from megatron_completep.config.schema import Config
+from megatron_completep.data.corpus import sources_of
+from megatron_completep.data.indexed import IndexedDataset
+from megatron_completep.data.megatron_order import split_bounds
+from megatron_completep.errors import DataError
+from megatron_completep.instruments.derive import derived
+from megatron_completep.instruments.ladder import (
+    STUDY_MISS,
+    Ladder,
+    Rung,
+    study_choice,
+)
+from megatron_completep.instruments.ladder_fit import LEAST_RUNGS
+from megatron_completep.instruments.run_shape import Family, Shape
+
+MOST_BEYOND = 10.0  # times the top rung's compute that a law is trusted for
+NEAR_RATIO = 1.1  # of N : L: rungs farther than this from what was asked scatter about a law
+
+
+def warnings(ladder: Ladder, ratios: Sequence[float] = ()) -> list[str]:
+    """What makes a ladder say less than it could, a sentence each. ratios: those of its study."""
+    sentences = [*_of_repetitions(ladder), *_of_shapes(ladder)]
+    sentences += _of_lengths(ladder)
+    sentences += _of_data(ladder)
+    sentences += _of_target(ladder)
+    return sentences + study_gaps(ladder, ratios)
+
+
+def _of_repetitions(ladder: Ladder) -> Iterator[str]:
+    if len(ladder.rungs) < LEAST_RUNGS + 1:
+        yield f"{len(ladder.rungs)} rungs: a fit needs {LEAST_RUNGS}, and one more to be tried on"
+    if min(rung.seeds for rung in ladder.rungs) < 2:
+        yield "rungs with one seed take the noise of the others for theirs"
+
+
+def _of_shapes(ladder: Ladder) -> Iterator[str]:
+    border = math.log(NEAR_RATIO)
+    far = [r for r in ladder.rungs if abs(math.log(r.shape.ratio / ladder.ratio)) > border]
+    if far:
+        shapes = ", ".join(f"{rung.name} ({rung.shape.ratio:.3g})" for rung in far)
+        yield (
+            f"N : L is {ladder.ratio:.3g}, but whole heads and layers allow no nearer for rungs "
+            f"{shapes}: they may scatter about the law. Larger rungs or smaller heads "
+            "(model.head_dim) are nearer"
+        )
+
+
+def _of_lengths(ladder: Ladder) -> Iterator[str]:
+    per_parameter = ladder.scaling.tokens_per_parameter
+    proxy_length = total_tokens(ladder.proxy) / ladder.rungs[0].shape.tokens(per_parameter)
+    if not 0.5 <= proxy_length <= 2:
+        yield (
+            f"the proxy's own run is {proxy_length:.3g} times as long as the lowest rung's: its "
+            "learning rate was found at another length. Tune it at --tokens-per-parameter "
+            f"{proxy_length * per_parameter:.3g}, or plan the ladder with that"
+        )
+
+
+def _of_data(ladder: Ladder) -> Iterator[str]:
+    """Rungs that read the corpus more than once; nothing where its files are not here yet."""
+    repeating = []
+    for rung in ladder.rungs:
+        epochs = epochs_read(derived(ladder.proxy, rung.shape, ladder.scaling))
+        if epochs is not None and epochs > 1:
+            repeating.append(f"{rung.name} ({epochs:.3g} times)")
+    if repeating:
+        yield (
+            f"rungs that read their text more than once: {', '.join(repeating)}. Repeated text is "
+            "worth less, which bends the law: take more text, or ask for less compute"
+        )
+
+
+def epochs_read(config: Config) -> float | None:
+    """How often a run reads the source that it reads most often; None without its files.
+
+    Sources by weight have their shares; where some are given in epochs, all count together.
+    """
+    sources, share = sources_of(config.data, "train")
+    sizes = []
+    try:
+        for source in sources:
+            dataset = IndexedDataset(source.prefix)
+            whole = (0, dataset.num_documents)
+            first, end = split_bounds(share, dataset.num_documents) or whole
+            sizes.append(dataset.token_offset(end) - dataset.token_offset(first))
+    except DataError:
+        return None
+    tokens = total_tokens(config)
+    if min(sizes) <= 0:
+        return math.inf
+    if any(source.epochs is not None for source in sources):
+        return tokens / sum(sizes)
+    weights = [source.weight or 1.0 for source in sources]
+    read = [tokens * weight / sum(weights) for weight in weights]
+    return max(part / size for part, size in zip(read, sizes, strict=True))
+
+
+def _of_target(ladder: Ladder) -> Iterator[str]:
+    if ladder.target is None:
+        return
+    top = ladder.rungs[-1].shape.run_flops(ladder.scaling.tokens_per_parameter)
+    beyond = beyond_text(ladder.target.flops / top)
+    if beyond is not None:
+        yield beyond
+
+
+def beyond_text(times: float) -> str | None:
+    """A warning for a run of so many times the top rung's compute; None where it is near enough."""
+    if times <= MOST_BEYOND:
+        return None
+    return (
+        f"the run is {times:.3g} times the compute of the top rung: the interval knows the noise, "
+        f"not whether the law bends beyond the rungs. Keep within {MOST_BEYOND:g} times"
+    )
+
+
+def study_gaps(ladder: Ladder, ratios: Sequence[float]) -> list[str]:
+    """What is left out of the study of shapes and why, a sentence a ratio."""
+    family = Family(ladder.proxy)
+    sentences = []
+    for ratio in ratios:
+        gaps = list(_gaps(family, ladder, ratio))
+        if gaps:
+            sentences.append(
+                f"--study {ratio:g} is left out at rungs {', '.join(gaps)}: a shape must be within "
+                f"{STUDY_MISS:.0%} of the rung's compute and be another than the rung's"
+            )
+    return sentences
+
+
+def _gaps(family: Family, ladder: Ladder, ratio: float) -> Iterator[str]:
+    for rung in ladder.rungs:
+        choice = study_choice(family, ladder.scaling, ratio, rung.shape)
+        if choice.shape not in ladder.study[rung.name]:
+            yield f"{rung.name} ({_why(rung, choice.shape, choice.miss)})"
+
+
+def _why(rung: Rung, shape: Shape, miss: float) -> str:
+    if shape == rung.shape:
+        return "it has that shape"
+    return f"nearest {shape}, {miss:+.0%}"

@@ -56,6 +56,13 @@ def _shape(config: Config, moe: MoeConfig) -> Iterator[Problem]:
             "model.moe.balance = bias moves the scores of sigmoid gates, but model.moe.gate = "
             "softmax. Use gate = sigmoid, or balance = loss or none."
         )
+    # A softmax over one logit is 1, whatever the logit: its gradient is 0.
+    if moe.gate == "softmax" and moe.top_k == 1 < moe.num_experts:
+        yield (
+            "model.moe.top_k = 1 gives a token's only expert the weight 1 with model.moe.gate = "
+            "softmax, so that the router would never learn from the tokens. Use gate = sigmoid, or "
+            "a larger top_k."
+        )
     yield from _balance_loss(moe)
     if config.model.bias:
         yield (

@@ -26,6 +26,11 @@ EXPERT_RULES = [
         ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0.01}"],
         "model.moe.balance_loss = 0.01 would balance, but model.moe.balance = none. Use balance =",
     ),
+    (
+        ["model.moe={num_experts: 2, top_k: 2, balance_loss: 0.01}"],
+        "model.moe.balance_loss = 0.01 is constant: each token goes to all model.moe.num_experts = "
+        "2 experts, whose loads are equal. Use balance = none and balance_loss = 0.",
+    ),
     ([EXPERTS, "model.bias=true"], "model.bias = true does not go with model.moe"),
     ([EXPERTS, "training.cuda_graph=true"], "training.cuda_graph = true cannot capture model.moe"),
     (
@@ -53,6 +58,14 @@ EXPERT_RULES = [
         [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=2"],
         "model.moe: top_k / num_experts = 2 / 8, but the proxy's is 2 / 4, and learning rates are "
         "not known to transfer to another share of active experts. Use model.moe.top_k = 4, or",
+    ),
+    (
+        [
+            *(EXPERTS, *PROXY, "completep.base_num_experts=2", "completep.base_top_k=4"),
+            "completep.allow_sparsity_change=true",
+        ],
+        "completep.base_top_k = 4 is more than completep.base_num_experts = 2: no proxy can have "
+        "been so. Use completep.base_top_k = 2.",
     ),
     (
         [EXPERTS, *PROXY, "completep.base_expert_ffn_hidden_size=128"],

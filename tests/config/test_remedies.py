@@ -32,6 +32,9 @@ IN_WORDS = {
         ["model.moe={num_experts: 4, top_k: 1, balance: loss, balance_loss: 0.01}"],
         ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0}"],
     ],
+    "model.moe={num_experts: 2, top_k: 2, balance_loss: 0.01}": [
+        ["model.moe={num_experts: 2, top_k: 2, balance: none, balance_loss: 0}"],
+    ],
     f"{EXPERTS} model.bias=true": [
         ["model.bias=false"],
         ["model.bias=false", "model.qkv_bias=true"],

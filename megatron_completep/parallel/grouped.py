@@ -20,8 +20,8 @@ from megatron_completep.parallel.products import Products
 
 # torch 2.11 has the private name only.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-# Multiply-adds of one group's product up to which one call for all groups was faster on a CPU
-# (docs/experts.md). Larger ones are left to the run's library.
+# Multiply-adds of one group's product up to which one call for all groups was the faster one on the
+# CPU where it was tried, whose figures are not kept. Larger ones are left to the run's library.
 LARGEST_GROUPED = 1 << 24
 
 

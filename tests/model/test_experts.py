@@ -142,7 +142,7 @@ def test_one_call_for_all_groups_computes_what_the_loop_does(
         wide,
         strict=True,
     ):
-        assert float((ours.double() - exact).abs().max() / exact.abs().max()) < tolerance * 4
+        assert float((ours.double() - exact).abs().max() / exact.abs().max()) < tolerance
 
     # Stale numbers of the step before go, also where a group has no rows.
     total = torch.full((len(SIZES), 16, 24), 7.0)
@@ -154,7 +154,8 @@ def test_one_call_for_all_groups_computes_what_the_loop_does(
     for group, size in enumerate(SIZES):
         rows = slice(start, start + size)
         exact = d_out[rows].double().T @ x[rows].double()
-        assert float((once[group].double() - exact).abs().max()) < tolerance * 10
+        largest = float(exact.abs().max()) if size else 1.0
+        assert float((once[group].double() - exact).abs().max()) < tolerance * largest
         start += size
 
 
@@ -178,7 +179,8 @@ def test_all_tokens_to_two_experts_train_these_alone_and_none_is_dropped() -> No
         moved = gradients[f"layers.{layer}.mlp.experts.down"].flatten(1).any(1)
         assert moved.tolist() == [False, True, False, False, True, False]
     assert loss.isfinite()
-    assert seen[0].experts.shape != routings_of(gpt, tokens)[0].experts.unique().shape
+    # The control: by their scores tokens go to others, too.
+    assert len(routings_of(gpt, tokens)[0].experts.unique()) > 2
 
 
 def test_scores_entropies_and_loads_can_be_read() -> None:

@@ -275,7 +275,7 @@ def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | Non
             if sample.seed != seed:
                 continue
             figure = quantity(band.quantity, sample)
-            if figure is None or (figure == 0 and band.low is None):
+            if figure is None or (figure == 0 and band == Band(band.axis, band.quantity)):
                 return None
             sizes.append(sample.size)
             figures.append(figure)

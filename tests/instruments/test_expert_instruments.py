@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from megatron_completep.completep.table import Matrix, Row
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments import laziness
-from megatron_completep.instruments.coordinate_check import Plan, collect, in_turn, run_probe
+from megatron_completep.instruments.coordinate_check import (
+    Measurement,
+    Plan,
+    Sample,
+    collect,
+    in_turn,
+    run_probe,
+)
 from megatron_completep.instruments.coordinate_verdict import BANDS, Band, exponent
 from megatron_completep.instruments.expert_taps import LoadTaps, expert_figures
 from megatron_completep.instruments.lr_transfer import analyse
@@ -200,6 +208,18 @@ def test_settings_of_experts_over_which_nothing_transfers_are_named() -> None:
         "moe.router_z_loss",
         "moe.shared_ffn_hidden_size",
     ]
+
+
+def test_choices_that_no_step_changes_have_no_exponent() -> None:
+    """All experts are chosen. A quantity that is judged would have one that is not a number."""
+    samples = []
+    for experts in (8, 16):
+        figures = {"choices changed by a step": 0.0, "experts' change": 0.0}
+        measured = Measurement([1.0], [1.0], [1.0], [1.0], [], {}, {}, [], experts=figures)
+        samples.append(Sample("experts", "model", 64, 2, 0, measured, num_experts=experts))
+    assert exponent(samples, Band("experts", "choices changed by a step"), "model") is None
+    judged = exponent(samples, Band("experts", "experts' change", -0.2, 0.2), "model")
+    assert judged is not None and math.isnan(judged.value)
 
 
 def choices_of(trial: Trial, tokens: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -197,7 +197,7 @@ def test_settings_of_experts_over_which_nothing_transfers_are_named() -> None:
     proxy = proxy_config(Path(), model={"moe": {**MOE, "shared_ffn_hidden_size": 16}}).model
     assert proxy.moe is not None
     wider = {"hidden_size": 2 * proxy.hidden_size}
-    moe = {"shared_ffn_hidden_size": 32}
+    moe: dict[str, Any] = {"shared_ffn_hidden_size": 32}
     same = proxy.model_copy(update={**wider, "moe": proxy.moe.model_copy(update=moe)})
     assert unlike_experts(proxy, same) == []
     moe = {"balance_loss": 0.01, "router_z_loss": 0.001, "first_dense_layers": 1}

@@ -1,6 +1,7 @@
 """Turn a Hugging Face folder into a checkpoint and a configuration, to train on.
 
-Llama (1 to 3.3), Qwen2, Qwen2.5, Qwen3, Mistral (without a window), Granite and GPT-2.
+Llama (1 to 3.3), Qwen2, Qwen2.5, Qwen3, Mistral (without a window), Granite and GPT-2; with experts
+Mixtral and GraniteMoe(Shared).
 
 Example, continued training:
 

@@ -56,6 +56,13 @@ def _shape(config: Config, moe: MoeConfig) -> Iterator[Problem]:
             "model.moe.balance = bias moves the scores of sigmoid gates, but model.moe.gate = "
             "softmax. Use gate = sigmoid, or balance = loss or none."
         )
+    # A softmax over one logit is 1, whatever the logit: its gradient is 0.
+    if moe.gate == "softmax" and moe.top_k == 1 < moe.num_experts:
+        yield (
+            "model.moe.top_k = 1 gives a token's only expert the weight 1 with model.moe.gate = "
+            "softmax, so that the router would never learn from the tokens. Use gate = sigmoid, or "
+            "a larger top_k."
+        )
     yield from _balance_loss(moe)
     if config.model.bias:
         yield (
@@ -66,6 +73,12 @@ def _shape(config: Config, moe: MoeConfig) -> Iterator[Problem]:
 
 def _balance_loss(moe: MoeConfig) -> Iterator[Problem]:
     """What balances, and the coefficient of the loss, say the same."""
+    if moe.balance_loss and moe.balance != "none" and moe.top_k == moe.num_experts:
+        yield (
+            f"model.moe.balance_loss = {moe.balance_loss:g} is constant: each token goes to all "
+            f"model.moe.num_experts = {moe.num_experts} experts, whose loads are equal. Use "
+            "balance = none and balance_loss = 0."
+        )
     if moe.balance == "loss" and not moe.balance_loss:
         yield (
             "model.moe.balance = loss balances by model.moe.balance_loss, which is 0. Use "
@@ -91,8 +104,12 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
         return
     base_experts = completep.base_num_experts or moe.num_experts
     base_k = completep.base_top_k or moe.top_k
-    same_share = moe.top_k * base_experts == base_k * moe.num_experts
-    if not same_share and not completep.allow_sparsity_change:
+    if base_k > base_experts:
+        yield (
+            f"completep.base_top_k = {base_k} is more than completep.base_num_experts = "
+            f"{base_experts}: no proxy can have been so. Use completep.base_top_k = {base_experts}."
+        )
+    elif not _same_share(completep, moe) and not completep.allow_sparsity_change:
         yield (
             f"model.moe: top_k / num_experts = {moe.top_k} / {moe.num_experts}, but the proxy's is "
             f"{base_k} / {base_experts}, and learning rates are not known to transfer to another "
@@ -101,9 +118,7 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
         )
     ffn = derived.expert_ffn_hidden_size(config.model)
     base_ffn = derived.base_expert_ffn_hidden_size(config.model, completep)
-    same_shape = ffn * completep.base_hidden_size == base_ffn * config.model.hidden_size
-    has_base_width = completep.base_expert_ffn_hidden_size is not None
-    if has_base_width and not same_shape and not completep.allow_granularity_change:
+    if not _same_granularity(config) and not completep.allow_granularity_change:
         yield (
             f"an expert's inner width over the width is {ffn} / {config.model.hidden_size}, but "
             f"the proxy's is {base_ffn} / {completep.base_hidden_size}, and learning rates are not "
@@ -111,6 +126,57 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
             f"{round(base_ffn * config.model.hidden_size / completep.base_hidden_size)}, or "
             "completep.allow_granularity_change = true."
         )
+
+
+def _same_share(completep: CompletePConfig, moe: MoeConfig) -> bool:
+    """Whether a token goes to as large a share of the experts as in the proxy."""
+    base_experts = completep.base_num_experts or moe.num_experts
+    base_k = completep.base_top_k or moe.top_k
+    return moe.top_k * base_experts == base_k * moe.num_experts
+
+
+def _same_granularity(config: Config) -> bool:
+    """Whether an expert's inner width is as large a share of the width as in the proxy.
+
+    Of a proxy whose inner width is not given it is.
+    """
+    completep = config.completep
+    if completep.base_hidden_size is None or completep.base_expert_ffn_hidden_size is None:
+        return True
+    ffn = derived.expert_ffn_hidden_size(config.model)
+    base_ffn = completep.base_expert_ffn_hidden_size
+    return ffn * completep.base_hidden_size == base_ffn * config.model.hidden_size
+
+
+def moe_warnings(config: Config) -> list[str]:
+    """What is allowed, and is not known to be right, or does nothing: one line each."""
+    moe = config.model.moe
+    if moe is None:
+        return []
+    completep = config.completep
+    warnings = []
+    if completep.base_hidden_size is not None and not _same_share(completep, moe):
+        warnings.append(
+            "unproven: learning rates are not known to transfer to another share of active experts "
+            f"({moe.top_k} / {moe.num_experts} here, {completep.base_top_k or moe.top_k} / "
+            f"{completep.base_num_experts or moe.num_experts} in the proxy), which "
+            "completep.allow_sparsity_change = true allows."
+        )
+    if not _same_granularity(config):
+        ffn = derived.expert_ffn_hidden_size(config.model)
+        warnings.append(
+            "unproven: learning rates are not known to transfer to another inner width of an "
+            f"expert over the width ({ffn} / {config.model.hidden_size} here, "
+            f"{completep.base_expert_ffn_hidden_size} / {completep.base_hidden_size} in the "
+            "proxy), which completep.allow_granularity_change = true allows."
+        )
+    # A default that does nothing is nobody's mistake.
+    if moe.balance != "bias" and moe.bias_rate != MoeConfig.model_fields["bias_rate"].default:
+        warnings.append(
+            f"model.moe.bias_rate = {moe.bias_rate:g} moves no bias: model.moe.balance = "
+            f"{moe.balance}."
+        )
+    return warnings
 
 
 def _same_sparsity(

@@ -261,7 +261,11 @@ def _shifted(band: Band, alpha: float) -> Band:
 
 
 def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | None:
-    """The exponent of one quantity, mean over seeds; None where it was not measured."""
+    """The exponent of one quantity, mean over seeds; None where it was not measured.
+
+    A quantity without a band that is 0, such as changed choices where all experts are chosen, has
+    none either.
+    """
     rule_samples = [s for s in samples if s.axis == band.axis and s.rule == rule]
     slopes = []
     for seed in sorted({sample.seed for sample in rule_samples}):
@@ -271,7 +275,7 @@ def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | Non
             if sample.seed != seed:
                 continue
             figure = quantity(band.quantity, sample)
-            if figure is None:
+            if figure is None or (figure == 0 and band == Band(band.axis, band.quantity)):
                 return None
             sizes.append(sample.size)
             figures.append(figure)

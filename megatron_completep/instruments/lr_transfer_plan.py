@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_completep.config.derived import head_dim, tokens_per_step
 from megatron_completep.config.moe_rules import BASE_KEYS
-from megatron_completep.config.schema import Config, MoeConfig
+from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.config.yaml_text import dump_yaml
 from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
@@ -47,8 +47,16 @@ ALIKE = (
     "vocab_size",
     "seq_length",
 )
-# Sizes of experts are scaled or refused by the table's own rules.
-ALIKE_MOE = ("gate", "every", "balance", "bias_rate")
+# Sizes of experts are scaled or refused by the table's own rules. Coefficients are the proxy's.
+ALIKE_MOE = (
+    "gate",
+    "every",
+    "first_dense_layers",
+    "balance",
+    "bias_rate",
+    "balance_loss",
+    "router_z_loss",
+)
 
 
 def plan(
@@ -117,7 +125,7 @@ def _proxy_curve(points: Sequence[sweep.Point], folder: Path, rule: str) -> Curv
 def _warn_of_differences(proxy: Config, target: Config, say: Say) -> None:
     """Name the settings of the model that differ although nothing transfers over them."""
     names = [name for name in ALIKE if getattr(proxy.model, name) != getattr(target.model, name)]
-    names += _unlike_experts(proxy.model.moe, target.model.moe)
+    names += unlike_experts(proxy.model, target.model)
     if names:
         say(
             f"warning: proxy and target differ in model.{', model.'.join(names)}; "
@@ -125,11 +133,17 @@ def _warn_of_differences(proxy: Config, target: Config, say: Say) -> None:
         )
 
 
-def _unlike_experts(proxy: MoeConfig | None, target: MoeConfig | None) -> list[str]:
+def unlike_experts(proxy: ModelConfig, target: ModelConfig) -> list[str]:
     """The settings of experts that differ although nothing transfers over them."""
-    if proxy is None or target is None:
-        return [] if proxy is target else ["moe"]
-    return [f"moe.{name}" for name in ALIKE_MOE if getattr(proxy, name) != getattr(target, name)]
+    if proxy.moe is None or target.moe is None:
+        return [] if proxy.moe is target.moe else ["moe"]
+    names = [name for name in ALIKE_MOE if getattr(proxy.moe, name) != getattr(target.moe, name)]
+    # The table takes the proxy's shared MLP to be as large a share of its width, if there is one.
+    of_proxy = (proxy.moe.shared_ffn_hidden_size or 0) * target.hidden_size
+    of_target = (target.moe.shared_ffn_hidden_size or 0) * proxy.hidden_size
+    if of_proxy != of_target:
+        names.append("shared_ffn_hidden_size")
+    return [f"moe.{name}" for name in names]
 
 
 def _write(path: Path, content: str) -> None:

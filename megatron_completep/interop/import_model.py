@@ -73,6 +73,8 @@ from megatron_completep.run.state import RunState
 FILE_BYTES = 1 << 28
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
+# The original training's data are not known, so there is nothing to compare with.
+ALLOWED = ("data.*", "fingerprints.*")  # in checkpoint.allow_changed
 # Buffers that older versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 _MOST_PROBLEMS = 20  # that one message lists
@@ -337,8 +339,7 @@ def _configuration(
             "precision": precision,
             "output_dir": str(output),
         },
-        # The original training's data are not known, so there is nothing to compare with.
-        "checkpoint": {"interval": 100, "allow_changed": ["data.*", "fingerprints.*"]},
+        "checkpoint": {"interval": 100, "allow_changed": list(ALLOWED)},
         "export": export,
     }
     config = config_from_mapping(mapping, overrides, name="configuration of the import")

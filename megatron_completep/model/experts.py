@@ -20,6 +20,7 @@ from megatron_completep.model.mlp import ACTIVATIONS, GATED, MLP, without_keepin
 from megatron_completep.model.routing import Router
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.dispatch import Dispatch
+from megatron_completep.parallel.expert_load import ExpertLoad
 from megatron_completep.parallel.grouped import grouped_linear
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -76,14 +77,14 @@ class Experts(nn.Module):
         self.up = make_parameter(up, ranks)
         self.down = make_parameter(down, ranks)
 
-    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """sizes: rows of each local expert, in order."""
+    def forward(self, rows: Tensor, sizes: Sequence[int], load: ExpertLoad | None = None) -> Tensor:
+        """sizes: rows of each local expert, in order. load: for messages."""
         products = self.context.products
         queue = self.context.queue
-        up = grouped_linear(rows, self.up, sizes, products, queue)
+        up = grouped_linear(rows, self.up, sizes, products, queue, load)
 
         def down(activated: Tensor) -> Tensor:
-            return grouped_linear(activated, self.down, sizes, products, queue)
+            return grouped_linear(activated, self.down, sizes, products, queue, load)
 
         if self.recompute_selectively and torch.is_grad_enabled():
             return without_keeping(self.activation, up, down)
@@ -128,9 +129,9 @@ class MixtureOfExperts(nn.Module):
         dispatch = Dispatch(routing.experts, self.num_experts, ranks.expert, self.layer)
         # Computed while the counts are on their way.
         shared = None if self.shared is None else self.shared(x).out
-        with dispatch.naming_load():
+        with dispatch.load.naming():
             rows = dispatch.to_experts(tokens)
-            rows = self.experts(rows, dispatch.sizes)
+            rows = self.experts(rows, dispatch.sizes, dispatch.load)
             out = dispatch.combine(rows, routing.weights).view_as(x)
         return Branch(out if shared is None else out + shared)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import all_reduce
 
+SMALLEST_SUM = 1e-19  # added to the sum of a token's scores; its inverse square is a float32
+
 
 def load_of(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
     """int64 [num_experts]: how many of the tokens with these experts [T, k] each expert gets.
@@ -45,3 +47,9 @@ def loads_of_sequences(
     for axis in axes:
         loads = all_reduce(loads, axis)
     return loads
+
+
+def shares_of(scores: Tensor) -> Tensor:
+    """Scores [T, E] of tokens, scaled to a sum of 1; 0 if all of them have fallen to 0."""
+    # Changes no bit of a sum above 1e-2, in float64 either, and keeps nothing for backward.
+    return scores / (scores.sum(-1, keepdim=True) + SMALLEST_SUM)

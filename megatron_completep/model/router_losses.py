@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
-from megatron_completep.model.loads import loads_of_sequences
+from megatron_completep.model.loads import loads_of_sequences, shares_of
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -75,7 +75,7 @@ class RouterLosses:
         if not torch.is_grad_enabled():
             return weights
         if self._balance:
-            shares = logits.softmax(-1) if self._softmax else scores / scores.sum(-1, keepdim=True)
+            shares = logits.softmax(-1) if self._softmax else shares_of(scores)
             loads = loads_of_sequences(experts, logits.shape[1], counted, sequences, self.axes)
             loss = self._balance * balance_loss(shares, loads, counted)
             weights = with_own_loss(weights, loss, BALANCE_LOSS, self._ledger)

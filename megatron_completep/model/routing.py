@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
-from megatron_completep.model.loads import load_of
+from megatron_completep.model.loads import load_of, shares_of
 from megatron_completep.model.router_losses import RouterLosses
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
 from megatron_completep.parallel.layer_context import LayerContext
@@ -47,8 +47,7 @@ class Routing(NamedTuple):
 
     def entropy(self) -> Tensor:
         """[T]: entropy of each token's scores, scaled to a sum of 1, in nats; at most log E."""
-        shares = self.scores / self.scores.sum(-1, keepdim=True)
-        entropy: Tensor = torch.special.entr(shares).sum(-1)
+        entropy: Tensor = torch.special.entr(shares_of(self.scores)).sum(-1)
         return entropy
 
 

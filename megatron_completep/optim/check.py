@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from megatron_completep.completep import Factors, Table
 from megatron_completep.completep.tau import tau_warnings
 from megatron_completep.config.derived import matches_any, own_factors, tokens_per_step
+from megatron_completep.config.moe_rules import moe_warnings
 from megatron_completep.config.schema import Config, OptimizerConfig, OverrideConfig, RoleFactors
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import whole_model
@@ -52,8 +53,8 @@ def check_parameters(
 
     Returns:
         One line for each factor that reaches no parameter of this model (a proxy and its target may
-        share a file, so that is no error), and for each role whose decay acts over another part of
-        the run than the proxy's.
+        share a file, so that is no error), for each role whose decay acts over another part of the
+        run than the proxy's, and for what experts are not known to transfer over.
 
     Raises:
         ConfigError: with all problems, one a line: an override that matches no parameter, a factor
@@ -77,7 +78,7 @@ def check_parameters(
     if problems:
         count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
         raise ConfigError("\n  ".join([f"{count} cannot have the effect asked for", *problems]))
-    return [*_warnings(config, declared), *tau_warnings(config, table)]
+    return [*_warnings(config, declared), *tau_warnings(config, table), *moe_warnings(config)]
 
 
 # --- what the user's own factors name -----------------------------------------------------------

@@ -9,16 +9,14 @@ step is deterministic to the bit. What a rank does around a collective never dep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_completep.errors import ExpertsDoNotFit
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import read_on_host, start_all_to_all
+from megatron_completep.parallel.expert_load import ExpertLoad, naming_load
 
 
 class Dispatch:
@@ -29,17 +27,18 @@ class Dispatch:
 
     Attributes:
         counts: int64 [E], slots of this rank by expert, on the device.
+        load: of the experts of this rank, for messages.
     """
 
     def __init__(self, experts: Tensor, num_experts: int, axis: Axis, layer: int):
         """experts: int64 [T, k], of each token. layer: for messages."""
         self._axis = axis
-        self._layer = layer
         self._local_experts = num_experts // axis.size
         self._top_k = experts.shape[1]
         flat = experts.flatten()
         # Stable, so that the rows of an expert lie in the order of the tokens.
         self._order = flat.argsort(stable=True)
+        self.load = ExpertLoad(layer, mean=len(flat))
         self._place = _inverse(self._order)
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
         self.counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -63,8 +62,9 @@ class Dispatch:
         # The only values of a layer that the host waits for.
         sent, received = read_on_host(torch.stack([sent_counts, received_counts]))
         self._sizes = [sum(column) for column in zip(*received, strict=True)]
+        self.load.rows = sum(self._sizes)
         rows: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
-            tokens, self._order, self._place, self._top_k
+            tokens, self._order, self._place, self._top_k, self.load
         )
         if self._axis.size == 1:
             return rows
@@ -72,8 +72,8 @@ class Dispatch:
         self._received = [sum(counts) for counts in received]
         self._arrival_order = _by_expert(received_counts, sum(self._received))
         self._arrival_place = _inverse(self._arrival_order)
-        arrived = _exchange(rows, self._axis, self._sent, self._received)
-        return _reorder(arrived, self._arrival_order, self._arrival_place)
+        arrived = _exchange(rows, self._axis, self._sent, self._received, self.load)
+        return _reorder(arrived, self._arrival_order, self._arrival_place, self.load)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """rows [R, H] of the experts, weights [T, k] -> [T, H]: the weighted sum over the slots.
@@ -81,100 +81,98 @@ class Dispatch:
         Communicates over the axis, in backward too.
         """
         if self._axis.size > 1:
-            rows = _reorder(rows, self._arrival_place, self._arrival_order)
-            rows = _exchange(rows, self._axis, self._received, self._sent)
+            rows = _reorder(rows, self._arrival_place, self._arrival_order, self.load)
+            rows = _exchange(rows, self._axis, self._received, self._sent, self.load)
         out: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
-            rows, weights, self._order, self._place
+            rows, weights, self._order, self._place, self.load
         )
         return out
-
-    @contextmanager
-    def naming_load(self) -> Iterator[None]:
-        """Name layer and load where an allocation for the rows fails: raise ExpertsDoNotFit."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_memory(error):
-                raise
-            rows = sum(self._sizes)
-            mean = max(1, len(self._order))  # slots of a rank
-            raise ExpertsDoNotFit(
-                f"layer {self._layer}: the experts of this rank have {rows:,} rows, "
-                f"{rows / mean:.2f} times the mean, which do not fit into memory. "
-                "Lower training.micro_batch_size, use training.recompute = full, raise "
-                "parallel.expert_parallel_size, or balance the experts (model.moe.balance)."
-            ) from None
-
-
-def _is_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. A CPU raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class _Spread(torch.autograd.Function):
     """tokens [T, H] -> one row a slot, sorted by expert."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+    def forward(
+        ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, top_k: int, load: ExpertLoad
+    ) -> Tensor:
+        ctx.load = load
         ctx.place = place
         ctx.top_k = top_k
         return tokens.index_select(0, order // top_k)
 
     @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
+    @naming_load
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
         by_slot = d_rows.index_select(0, ctx.place)
         by_token = by_slot.view(-1, ctx.top_k, d_rows.shape[1])
         # Summed in a wide type, as a product over all of k would be.
         sum_dtype = torch.promote_types(d_rows.dtype, torch.float32)
-        return by_token.sum(1, dtype=sum_dtype).to(d_rows.dtype), None, None, None
+        return by_token.sum(1, dtype=sum_dtype).to(d_rows.dtype), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     """rows of the slots, sorted by expert, and weights [T, k] -> weighted sums [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, place: Tensor, load: ExpertLoad
+    ) -> Tensor:
+        ctx.load = load
         ctx.save_for_backward(rows, weights, order, place)
         by_token = rows.index_select(0, place).view(*weights.shape, rows.shape[1])
         # In the weights' type, at least float32.
         return (by_token * weights[..., None]).sum(1).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @naming_load
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, weights, order, place = ctx.saved_tensors
         by_token = rows.index_select(0, place).view(*weights.shape, rows.shape[1])
         d_weights = (by_token * d_out[:, None].to(weights.dtype)).sum(-1)
         d_by_token = d_out[:, None] * weights[..., None]
         d_rows = d_by_token.view(rows.shape).to(rows.dtype).index_select(0, order)
-        return d_rows, d_weights, None, None
+        return d_rows, d_weights, None, None, None
 
 
 class _Reorder(torch.autograd.Function):
     """Rows in another order; `place` is the inverse."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, load: ExpertLoad) -> Tensor:
+        ctx.load = load
         ctx.place = place
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
-        return d_rows.index_select(0, ctx.place), None, None
+    @naming_load
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
+        return d_rows.index_select(0, ctx.place), None, None, None
 
 
 class _Exchange(torch.autograd.Function):
     """Runs of rows to the ranks of an axis; the gradients go the same way back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        axis: Axis,
+        sent: list[int],
+        received: list[int],
+        load: ExpertLoad,
+    ) -> Tensor:
+        ctx.load = load
         ctx.axis = axis
         ctx.sent = sent
         ctx.received = received
         return _all_to_all(rows, axis, sent, received)
 
     @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(d_rows, ctx.axis, ctx.received, ctx.sent), None, None, None
+    @naming_load
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
+        d_sent = _all_to_all(d_rows, ctx.axis, ctx.received, ctx.sent)
+        return d_sent, None, None, None, None
 
 
 def _all_to_all(rows: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
@@ -185,13 +183,15 @@ def _all_to_all(rows: Tensor, axis: Axis, sent: list[int], received: list[int]) 
     return start_all_to_all(flat, axis, sent_elements, received_elements).wait().view(-1, width)
 
 
-def _exchange(rows: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
-    out: Tensor = _Exchange.apply(rows, axis, sent, received)  # type: ignore[no-untyped-call]
+def _exchange(
+    rows: Tensor, axis: Axis, sent: list[int], received: list[int], load: ExpertLoad
+) -> Tensor:
+    out: Tensor = _Exchange.apply(rows, axis, sent, received, load)  # type: ignore[no-untyped-call]
     return out
 
 
-def _reorder(rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-    out: Tensor = _Reorder.apply(rows, order, place)  # type: ignore[no-untyped-call]
+def _reorder(rows: Tensor, order: Tensor, place: Tensor, load: ExpertLoad) -> Tensor:
+    out: Tensor = _Reorder.apply(rows, order, place, load)  # type: ignore[no-untyped-call]
     return out
 
 

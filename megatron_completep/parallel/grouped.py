@@ -15,28 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_completep.parallel.expert_load import ExpertLoad, naming_load
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
 from megatron_completep.parallel.products import Products
 
 # torch 2.11 has the private name only.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-# Multiply-adds of one group's product up to which one call for all groups was faster on a CPU
-# (docs/experts.md). Larger ones are left to the run's library.
+# Multiply-adds of one group's product up to which one call for all groups was the faster one on the
+# CPU where it was tried, whose figures are not kept. Larger ones are left to the run's library.
 LARGEST_GROUPED = 1 << 24
 
 
 def grouped_linear(
-    x: Tensor, weight: Parameter, sizes: Sequence[int], products: Products, queue: GradientQueue
+    x: Tensor,
+    weight: Parameter,
+    sizes: Sequence[int],
+    products: Products,
+    queue: GradientQueue,
+    load: ExpertLoad | None = None,
 ) -> Tensor:
     """x [R, in] -> [R, out]: the rows of group g times weight[g]^T.
 
     The weight gradient goes to the queue, one contribution for all groups also where there are no
     rows. Nothing communicates.
 
-    weight: [G, out, in]. sizes: rows of each group, in order; they add up to R.
+    weight: [G, out, in]. sizes: rows of each group, in order; they add up to R. load: what is named
+    where the backward pass does not fit into memory.
     """
     out: Tensor = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, tuple(sizes), products, queue
+        x, weight, tuple(sizes), products, queue, load
     )
     return out
 
@@ -50,7 +57,9 @@ class _GroupedLinear(torch.autograd.Function):
         sizes: tuple[int, ...],
         products: Products,
         queue: GradientQueue,
+        load: ExpertLoad | None,
     ) -> Tensor:
+        ctx.load = load
         ctx.save_for_backward(x, weight)
         ctx.weight = weight  # the parameter itself, for the queue
         ctx.sizes = sizes
@@ -59,15 +68,28 @@ class _GroupedLinear(torch.autograd.Function):
         return grouped_product(x, weight, sizes, products)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    @naming_load
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         d_out = d_out.contiguous()
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = grouped_input_gradient(d_out, weight, ctx.sizes, ctx.products)
         contribution = accumulate_grouped(ctx.products, d_out, x, ctx.sizes)
-        ctx.queue.push(ctx.weight, contribution)
-        return d_x, None, None, None, None
+        ctx.queue.push(ctx.weight, _named(contribution, ctx.load))
+        return d_x, None, None, None, None, None
+
+
+def _named(accumulate: Accumulate, load: ExpertLoad | None) -> Accumulate:
+    """A contribution that names the load, too, where it does not fit: it may be computed later."""
+    if load is None:
+        return accumulate
+
+    def named(main_grad: Tensor, first: bool) -> None:
+        with load.naming():
+            accumulate(main_grad, first)
+
+    return named
 
 
 def grouped_product(x: Tensor, weight: Tensor, sizes: Sequence[int], products: Products) -> Tensor:

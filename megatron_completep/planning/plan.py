@@ -29,8 +29,8 @@ class ParameterPlan:
 
     Logical parts of a fused matrix stand for themselves where their values differ.
 
-    lr: the peak learning rate. init_std is 0 where the start is a constant: gains begin at 1,
-    biases at 0.
+    lr: the peak learning rate; of a balance bias what it moves by in a step. init_std is 0 where
+    the start is a constant: gains begin at 1, biases at 0.
     """
 
     name: str
@@ -117,6 +117,9 @@ def _planned(
             shape[spec.part_dim] = spec.parts[part]
         lr = base_lr * group.lr_factor
         values = (group.init_std, lr, group.weight_decay, group.eps)
+        # The loads move it; no rule, and nothing of the table.
+        if spec.balance is not None:
+            values = (0.0, spec.balance.rate, 0.0, 0.0)
         planned.append(ParameterPlan(group.name, tuple(shape), group.role, *values))
     # Parts of a fused matrix differ by an override, or by their shapes under Muon; otherwise a row
     # for each would say one thing three times.
@@ -147,6 +150,10 @@ def describe(config: Config) -> str:
     # A table for parameters that no plan tells apart: their names, then a row a plan.
     for members in _alike(plans):
         lines += ["", *_members(this_run, members)]
+        moe = config.model.moe
+        if moe is not None and this_run.parameters[members[0]].role is Role.BALANCE_BIAS:
+            lines.append(f"  moves by model.moe.bias_rate = {moe.bias_rate:g} a step")
+            continue
         lines.append(f"{'':<24}" + _cells(("init std", "peak lr", "weight decay", "eps")))
         for plan in plans:
             lines.append(_row(plan, plan is this_run, plan.parameters[members[0]].values))

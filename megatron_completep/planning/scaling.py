@@ -7,7 +7,7 @@ from the modules of the model. Tests hold them against the real construction cod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_completep.config.check import check_world
@@ -19,9 +19,10 @@ from megatron_completep.config.derived import (
 )
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.block import Block
 from megatron_completep.model.experts import MixtureOfExperts
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
-from megatron_completep.model.gpt import ChunkRange
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.optim.gradient_buckets import live_elements
 from megatron_completep.optim.layout import Layout
 from megatron_completep.optim.reduction import OVERLAPPED
@@ -133,8 +134,8 @@ class ScalingPlan:
     model_flops_utilisation: float
     checkpoint_bytes: int
     orthogonal: tuple[OrthogonalPlan, ...]  # by pipeline rank, under Muon
-    # Activations, by pipeline rank, where a rank's experts get IMBALANCE times their share of the
-    # tokens; nothing without experts.
+    # Activations, by pipeline rank, if a rank's experts get `stated_load` times their share of the
+    # tokens; nothing if loads cannot be uneven.
     imbalanced_activations: tuple[int, ...]
     warnings: tuple[str, ...]
 
@@ -293,26 +294,54 @@ def rank_memory(
     )
 
 
+def stated_load(config: Config) -> float:
+    """The load of a rank's experts over their share at which memory is stated.
+
+    IMBALANCE, or the most that there can be: all choices of all tokens, which are of different
+    experts, fall on one of the ranks that share a layer's experts. 1: loads cannot be uneven.
+    """
+    moe = config.model.moe
+    if moe is None:
+        return 1.0
+    ranks = config.parallel.expert_parallel_size
+    return min(IMBALANCE, float(ranks), moe.num_experts / moe.top_k)
+
+
 def imbalanced_activations(config: Config, micro_batches: int) -> tuple[int, ...]:
-    """Bytes of activations by pipeline rank at a load of IMBALANCE in every layer with experts."""
-    if config.model.moe is None:
+    """Bytes of activations by pipeline rank at the stated load in every layer with experts.
+
+    Where layers are recomputed whole these are their inputs, and one layer under recomputation.
+    Nothing if loads cannot be uneven.
+    """
+    load = stated_load(config)
+    if load == 1:
         return ()
     sizes = micro_batch_sizes(config)
     by_rank = []
     for rank in range(config.parallel.pipeline_parallel_size):
         models = rank_models(config, rank)
-        total = 0
+        kept = 0
+        recomputed = 0
         for model in models:
-            total += model.activation_bytes(sizes)
-            if config.training.recompute == "full":
-                continue  # only the inputs of layers are kept
-            for module in model.modules():
-                if isinstance(module, MixtureOfExperts):
-                    at_imbalance = module.activation_bytes_at(sizes, IMBALANCE)
-                    total += at_imbalance - module.activation_bytes(sizes)
+            kept += model.activation_bytes(sizes)
+            for module, block in _with_experts(model):
+                more = module.activation_bytes_at(sizes, load) - module.activation_bytes(sizes)
+                # Of a layer that is recomputed everything lies there, but of one at a time.
+                if config.training.recompute == "full":
+                    recomputed = max(recomputed, block.activation_bytes(sizes) + more)
+                else:
+                    kept += more
         chunks = in_flight(config.parallel, rank, micro_batches)
-        by_rank.append(int(chunks * total / len(models)))
+        by_rank.append(int(chunks * kept / len(models)) + recomputed)
     return tuple(by_rank)
+
+
+def _with_experts(model: GPT) -> Iterator[tuple[MixtureOfExperts, Block]]:
+    """The mixtures of experts of a chunk, each with the layer that it is a branch of."""
+    for _, block in model.blocks():
+        for module in block.modules():
+            if isinstance(module, MixtureOfExperts):
+                yield module, block
 
 
 def gradient_elements(

@@ -9,13 +9,13 @@ from typing import Any
 from megatron_completep.config.schema import Config
 from megatron_completep.planning.communication import Collective, collectives_per_step
 from megatron_completep.planning.scaling import (
-    IMBALANCE,
     MATRIX_EFFICIENCY,
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
     Gpu,
     RankMemory,
     ScalingPlan,
+    stated_load,
 )
 
 SHOWN_RANKS = 8  # pipeline ranks listed one by one; of more, the ends and the fullest
@@ -55,7 +55,7 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: Gpu) -> str:
         f"recompute {training.recompute}",
         "",
         *_memory(plan),
-        *_imbalance(plan),
+        *_imbalance(config, plan),
         "",
         *_traffic(config, plan),
         "",
@@ -118,14 +118,17 @@ def _memory(plan: ScalingPlan) -> list[str]:
     return table(["GB a GPU, on pipeline rank", *kinds], rows)
 
 
-def _imbalance(plan: ScalingPlan) -> list[str]:
-    """Activations where loads are uneven, in a line; nothing without experts."""
+def _imbalance(config: Config, plan: ScalingPlan) -> list[str]:
+    """Activations at uneven loads, in a line; nothing where loads cannot be uneven."""
     if not plan.imbalanced_activations:
         return []
     sizes = ", ".join(gigabytes(size) for size in plan.imbalanced_activations)
+    recomputed = ""
+    if config.training.recompute == "full":
+        recomputed = ", with one layer under recomputation"
     return [
-        f"activations if a rank's experts get {IMBALANCE:g} times their share of the tokens in "
-        f"every layer: {sizes} GB, by pipeline rank; above, loads are equal"
+        f"activations if a rank's experts get {stated_load(config):g} times their share of the "
+        f"tokens in every layer{recomputed}: {sizes} GB, by pipeline rank; above, loads are equal"
     ]
 
 

@@ -207,7 +207,7 @@ class TrainingStep:
         own_time = Stopwatch(self.context.device)
         inputs = self._inputs(batches, step, stop)
         if self._static is None:
-            with naming_step(step):
+            with naming_work(f"step {step}"):
                 figures = self._compute(inputs, own_time)
         else:
             figures = self._static.run(inputs)
@@ -426,8 +426,8 @@ class TrainingStep:
 
 
 @contextmanager
-def naming_step(step: int) -> Iterator[None]:
-    """Add the step to what a layer says of experts that do not fit.
+def naming_work(work: str) -> Iterator[None]:
+    """Add the step, or other work, to what a layer says of experts that do not fit.
 
     A pipeline schedule wraps what a stage raises.
     """
@@ -439,7 +439,7 @@ def naming_step(step: int) -> Iterator[None]:
             cause = cause.__cause__
         if cause is None:
             raise
-        raise ExpertsDoNotFit(f"step {step}, {cause}") from None
+        raise ExpertsDoNotFit(f"{work}, {cause}") from None
 
 
 def mix(value: int) -> int:

@@ -216,7 +216,8 @@ def update_ratios(
 
     ratios: dict[str, float] = {}
     for role, (updates, weights) in sum_by_role(sums, optimizer.context).items():
-        if weights:
+        # No rule moves a balance bias, and what would be shown here is no update of it.
+        if weights and role is not Role.BALANCE_BIAS:
             ratios[f"{UPDATE}{role}"] = math.sqrt(updates / weights)
     return ratios
 

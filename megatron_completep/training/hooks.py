@@ -23,7 +23,7 @@ from megatron_completep.run.hook import (
     validation_figures,
 )
 from megatron_completep.run.state import Checkpointer, RunState
-from megatron_completep.run.step import TrainingStep
+from megatron_completep.run.step import TrainingStep, naming_work
 from megatron_completep.telemetry.metrics import memory_bytes
 from megatron_completep.telemetry.trackers import Sink
 
@@ -73,15 +73,16 @@ class Validation(Hook):
         positions = self._training.validation_positions
         by_source: dict[str, float] = {}
         by_position: list[float] = []
-        if len(names) == 1 and not positions:
-            # The loss of the only source is the mean itself, and needs no sums by sample.
-            loss = self._step.evaluate(batches)
-        else:
-            loss, losses, by_position = self._step.evaluate_in_parts(
-                batches, batches.source_of, len(names), positions
-            )
-            if len(names) > 1:
-                by_source = dict(zip(names, losses, strict=True))
+        with naming_work(f"validation at step {step}"):
+            if len(names) == 1 and not positions:
+                # The loss of the only source is the mean itself, and needs no sums by sample.
+                loss = self._step.evaluate(batches)
+            else:
+                loss, losses, by_position = self._step.evaluate_in_parts(
+                    batches, batches.source_of, len(names), positions
+                )
+        if len(names) > 1:
+            by_source = dict(zip(names, losses, strict=True))
         seconds = time.perf_counter() - started
         self._say(
             f"validation at step {step}: loss {loss:.4f} "

@@ -19,7 +19,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.routing import Routing, observing
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.run.step import TrainingStep
+from megatron_completep.run.step import TrainingStep, naming_work
 
 SHOWN = 8  # layers in the warning
 
@@ -70,7 +70,8 @@ def check_routing(
     with ExitStack() as observed:
         for chunk in step.chunks:
             observed.enter_context(observing(chunk, routings.add))
-        step.evaluate(batches)
+        with naming_work("check of the first batch"):
+            step.evaluate(batches)
     loads, spreads = routings.gather()
     tied = [layer for layer, spread in zip(routings.layers, spreads, strict=True) if spread == 0]
     if tied and config.model.moe.num_experts > 1:

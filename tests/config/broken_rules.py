@@ -3,6 +3,7 @@
 import re
 
 from megatron_completep.config import Config, config_from_mapping
+from tests.config.broken_expert_rules import EXPERT_RULES
 
 BASE = {
     "model": {
@@ -27,9 +28,6 @@ BASE = {
 def config_with(*overrides: str) -> Config:
     return config_from_mapping(BASE, overrides)
 
-
-EXPERTS = "model.moe={num_experts: 8, top_k: 2}"
-PROXY = ["completep.base_hidden_size=64", "completep.base_num_layers=2"]
 
 # (what breaks a rule, part of the message).
 RULES = [
@@ -475,64 +473,7 @@ RULES = [
         ["guards.rollback_threshold=2", "data.order=megatron"],
         "guards.rollback_threshold = 2 does not go with data.order = megatron",
     ),
-    (
-        ["model.moe={num_experts: 4, top_k: 5}"],
-        "model.moe.top_k = 5 is more than model.moe.num_experts = 4. Use at most 4.",
-    ),
-    (
-        ["model.moe={num_experts: 4, top_k: 1, first_dense_layers: 8}"],
-        "model.moe.first_dense_layers = 8 leaves no layer of model.num_layers = 8 with experts",
-    ),
-    (
-        ["model.moe={num_experts: 4, top_k: 1, gate: softmax}"],
-        "model.moe.balance = bias moves the scores of sigmoid gates",
-    ),
-    (["model.moe={num_experts: 4, top_k: 1, balance: loss}"], "balance_loss, which is 0. Use"),
-    (
-        ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0.01}"],
-        "model.moe.balance_loss = 0.01 would balance, but model.moe.balance = none. Use balance =",
-    ),
-    ([EXPERTS, "model.bias=true"], "model.bias = true does not go with model.moe"),
-    ([EXPERTS, "training.cuda_graph=true"], "training.cuda_graph = true cannot capture model.moe"),
-    (
-        [EXPERTS, "optimizer.type=muon", "optimizer.muon={base_lr: 0.02}"],
-        "optimizer.type = muon does not make the matrices of experts orthogonal yet",
-    ),
-    (
-        [EXPERTS, "parallel.tensor_parallel_size=2"],
-        "model.moe with parallel.tensor_parallel_size = 2 needs each tensor rank to hold tokens of "
-        "its own. Use parallel.sequence_parallel = true",
-    ),
-    (
-        [EXPERTS, "parallel.expert_parallel_size=3"],
-        "parallel.expert_parallel_size = 3 does not divide model.moe.num_experts = 8. Use 1, 2, 4",
-    ),
-    (
-        [
-            "model.moe={num_experts: 8, top_k: 2, shared_ffn_hidden_size: 129}",
-            "parallel.tensor_parallel_size=2",
-            "parallel.sequence_parallel=true",
-        ],
-        "parallel.tensor_parallel_size = 2 does not divide model.moe.shared_ffn_hidden_size = 129",
-    ),
-    (
-        [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=2"],
-        "model.moe: top_k / num_experts = 2 / 8, but the proxy's is 2 / 4, and learning rates are "
-        "not known to transfer to another share of active experts. Use model.moe.top_k = 4, or",
-    ),
-    (
-        [EXPERTS, *PROXY, "completep.base_expert_ffn_hidden_size=128"],
-        "an expert's inner width over the width is 1024 / 256, but the proxy's is 128 / 64",
-    ),
-    (
-        [EXPERTS, "completep.base_top_k=2"],
-        "completep.base_top_k = 2 is given without the proxy's shape",
-    ),
-    (["completep.base_top_k=2"], "completep.base_top_k = 2 has no meaning without model.moe"),
-    (
-        ["parallel.expert_parallel_size=2"],
-        "parallel.expert_parallel_size = 2 has no experts to share: model.moe is null",
-    ),
+    *EXPERT_RULES,
 ]
 
 

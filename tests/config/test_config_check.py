@@ -7,7 +7,8 @@ import pytest
 
 from megatron_completep.config import check_config
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import EXPERTS, PROXY, RULES, config_with
+from tests.config.broken_expert_rules import EXPERTS, PROXY
+from tests.config.broken_rules import RULES, config_with
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ FITTING = [
     ["training.validation_positions=8"],
     ["model.moe={num_experts: 8, top_k: 8, gate: softmax, balance: none, first_dense_layers: 7}"],
     [EXPERTS, "model.qkv_bias=true", "parallel.expert_parallel_size=8"],
-    ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    ["model.moe={num_experts: 4, top_k: 2, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    ["model.moe={num_experts: 1, top_k: 1, gate: softmax, balance: none}"],
     ["model.moe={num_experts: 4, top_k: 1, balance_loss: 1e-4, router_z_loss: 1e-3}"],
     [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=1"],
     [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.allow_sparsity_change=true"],

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import EXPERTS, PROXY, RULES, config_with, offered
+from tests.config.broken_expert_rules import EXPERTS, PROXY
+from tests.config.broken_rules import RULES, config_with, offered
 
 # What the words of a remedy say, as overrides; remedies that are numbers are read from the message.
 IN_WORDS = {
@@ -14,10 +15,14 @@ IN_WORDS = {
         ["model.moe={num_experts: 4, top_k: 1, first_dense_layers: 7}"],
         ["model.moe=null"],
     ],
-    "model.moe={num_experts: 4, top_k: 1, gate: softmax}": [
-        ["model.moe={num_experts: 4, top_k: 1, gate: sigmoid}"],
-        ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: none}"],
-        ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    "model.moe={num_experts: 4, top_k: 2, gate: softmax}": [
+        ["model.moe={num_experts: 4, top_k: 2, gate: sigmoid}"],
+        ["model.moe={num_experts: 4, top_k: 2, gate: softmax, balance: none}"],
+        ["model.moe={num_experts: 4, top_k: 2, gate: softmax, balance: loss, balance_loss: 0.01}"],
+    ],
+    "model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: none}": [
+        ["model.moe={num_experts: 4, top_k: 1, gate: sigmoid, balance: none}"],
+        ["model.moe={num_experts: 4, top_k: 2, gate: softmax, balance: none}"],
     ],
     "model.moe={num_experts: 4, top_k: 1, balance: loss}": [
         ["model.moe={num_experts: 4, top_k: 1, balance: none}"],
@@ -26,6 +31,9 @@ IN_WORDS = {
     "model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0.01}": [
         ["model.moe={num_experts: 4, top_k: 1, balance: loss, balance_loss: 0.01}"],
         ["model.moe={num_experts: 4, top_k: 1, balance: none, balance_loss: 0}"],
+    ],
+    "model.moe={num_experts: 2, top_k: 2, balance_loss: 0.01}": [
+        ["model.moe={num_experts: 2, top_k: 2, balance: none, balance_loss: 0}"],
     ],
     f"{EXPERTS} model.bias=true": [
         ["model.bias=false"],

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_completep.config import check_world
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import EXPERTS, config_with, offered
+from tests.config.broken_expert_rules import EXPERTS
+from tests.config.broken_rules import config_with, offered
 
 WORLDS = [
     (8, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ from megatron_completep.completep.table import Matrix, Row
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments import laziness
-from megatron_completep.instruments.coordinate_check import Plan, collect, in_turn, run_probe
+from megatron_completep.instruments.coordinate_check import (
+    Measurement,
+    Plan,
+    Sample,
+    collect,
+    in_turn,
+    run_probe,
+)
 from megatron_completep.instruments.coordinate_verdict import BANDS, Band, exponent
 from megatron_completep.instruments.expert_taps import LoadTaps, expert_figures
 from megatron_completep.instruments.lr_transfer import analyse
-from megatron_completep.instruments.lr_transfer_plan import transferred
+from megatron_completep.instruments.lr_transfer_plan import transferred, unlike_experts
 from megatron_completep.instruments.mistakes import check_mistakes, table_with
 from megatron_completep.instruments.sweep import Grid, result_path, run_and_keep, save_grid
 from megatron_completep.instruments.trial import (
@@ -182,6 +190,36 @@ def test_a_dense_model_has_no_rows_of_experts(tmp_path: Path) -> None:
     samples = collect(proxy_config(tmp_path), plan, in_turn(SINGLE))
     assert exponent(samples, Band("depth", "experts' change"), "model") is None
     assert exponent(samples, Band("depth", "stream change"), "model") is not None
+
+
+def test_settings_of_experts_over_which_nothing_transfers_are_named() -> None:
+    """Losses of the router are the proxy's, and so is the share of the MLP that all tokens see."""
+    proxy = proxy_config(Path(), model={"moe": {**MOE, "shared_ffn_hidden_size": 16}}).model
+    assert proxy.moe is not None
+    wider = {"hidden_size": 2 * proxy.hidden_size}
+    moe: dict[str, Any] = {"shared_ffn_hidden_size": 32}
+    same = proxy.model_copy(update={**wider, "moe": proxy.moe.model_copy(update=moe)})
+    assert unlike_experts(proxy, same) == []
+    moe = {"balance_loss": 0.01, "router_z_loss": 0.001, "first_dense_layers": 1}
+    other = proxy.model_copy(update={**wider, "moe": proxy.moe.model_copy(update=moe)})
+    assert unlike_experts(proxy, other) == [
+        "moe.first_dense_layers",
+        "moe.balance_loss",
+        "moe.router_z_loss",
+        "moe.shared_ffn_hidden_size",
+    ]
+
+
+def test_choices_that_no_step_changes_have_no_exponent() -> None:
+    """All experts are chosen. A quantity that is judged would have one that is not a number."""
+    samples = []
+    for experts in (8, 16):
+        figures = {"choices changed by a step": 0.0, "experts' change": 0.0}
+        measured = Measurement([1.0], [1.0], [1.0], [1.0], [], {}, {}, [], experts=figures)
+        samples.append(Sample("experts", "model", 64, 2, 0, measured, num_experts=experts))
+    assert exponent(samples, Band("experts", "choices changed by a step"), "model") is None
+    judged = exponent(samples, Band("experts", "experts' change", -0.2, 0.2), "model")
+    assert judged is not None and math.isnan(judged.value)
 
 
 def choices_of(trial: Trial, tokens: torch.Tensor) -> dict[int, torch.Tensor]:

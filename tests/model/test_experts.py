@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ExpertsDoNotFit
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.routing import Routing, fixing, observing, routers
-from megatron_completep.parallel import dispatch
+from megatron_completep.parallel import dispatch, grouped
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.parallel.grouped import (
     accumulate_grouped,
@@ -22,7 +23,7 @@ from megatron_completep.parallel.grouped import (
     takes_one_call,
 )
 from megatron_completep.parallel.products import Products
-from megatron_completep.run.step import naming_step
+from megatron_completep.run.step import naming_work
 from tests.support.models import (
     batch_of,
     build_model,
@@ -141,7 +142,7 @@ def test_one_call_for_all_groups_computes_what_the_loop_does(
         wide,
         strict=True,
     ):
-        assert float((ours.double() - exact).abs().max() / exact.abs().max()) < tolerance * 4
+        assert float((ours.double() - exact).abs().max() / exact.abs().max()) < tolerance
 
     # Stale numbers of the step before go, also where a group has no rows.
     total = torch.full((len(SIZES), 16, 24), 7.0)
@@ -153,7 +154,8 @@ def test_one_call_for_all_groups_computes_what_the_loop_does(
     for group, size in enumerate(SIZES):
         rows = slice(start, start + size)
         exact = d_out[rows].double().T @ x[rows].double()
-        assert float((once[group].double() - exact).abs().max()) < tolerance * 10
+        largest = float(exact.abs().max()) if size else 1.0
+        assert float((once[group].double() - exact).abs().max()) < tolerance * largest
         start += size
 
 
@@ -177,7 +179,8 @@ def test_all_tokens_to_two_experts_train_these_alone_and_none_is_dropped() -> No
         moved = gradients[f"layers.{layer}.mlp.experts.down"].flatten(1).any(1)
         assert moved.tolist() == [False, True, False, False, True, False]
     assert loss.isfinite()
-    assert seen[0].experts.shape != routings_of(gpt, tokens)[0].experts.unique().shape
+    # The control: by their scores tokens go to others, too.
+    assert len(routings_of(gpt, tokens)[0].experts.unique()) > 2
 
 
 def test_scores_entropies_and_loads_can_be_read() -> None:
@@ -313,12 +316,51 @@ def test_rows_that_do_not_fit_name_step_layer_and_load(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(dispatch._Spread, "apply", refuse)
     said = r"step 12, layer 0: the experts of this rank have 72 rows, 1\.00 times the mean"
-    with pytest.raises(ExpertsDoNotFit, match=said), naming_step(12):
+    with pytest.raises(ExpertsDoNotFit, match=said), naming_work("step 12"):
         gpt(batch_of(model)[0])
 
     def fail(*_: Any) -> Tensor:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(dispatch._Spread, "apply", fail)
-    with pytest.raises(RuntimeError, match="something else"), naming_step(12):
+    with pytest.raises(RuntimeError, match="something else"), naming_work("step 12"):
         gpt(batch_of(model)[0])
+
+
+class NoMemoryAt(TorchDispatchMode):
+    """The n-th index_select finds no memory."""
+
+    def __init__(self, number: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= func is torch.ops.aten.index_select.default
+        if self.left == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return func(*args, **(kwargs or {}))
+
+
+def refuse_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("place", ["sums", "rows", "input", "weight"])
+def test_rows_that_do_not_fit_in_backward_name_step_layer_and_load(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sums over the slots, tokens, and both gradients of the experts' products."""
+    gpt = build_model(model_of(EXPERTS))
+    tokens, labels = batch_of(gpt.config)
+    gpt.queue.begin_step(gpt.parameters(), 1)
+    loss = gpt(tokens, labels=labels)
+    if place == "input":
+        monkeypatch.setattr(grouped, "grouped_input_gradient", refuse_memory)
+    if place == "weight":
+        monkeypatch.setattr(grouped, "accumulate_grouped", lambda *_: refuse_memory)
+    # Backward of the sums selects twice, that of the tokens' rows once.
+    at = {"sums": 1, "rows": 3}.get(place, 1000)
+    said = r"step 12, layer 1: the experts of this rank have 72 rows, 1\.00 times the mean"
+    with pytest.raises(ExpertsDoNotFit, match=said), naming_work("step 12"), NoMemoryAt(at):
+        loss.backward()
+        gpt.queue.finish_step()

@@ -12,13 +12,14 @@ from torch import Tensor
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.loads import shares_of
 from megatron_completep.model.router_losses import (
     BALANCE_LOSS,
     ROUTER_Z_LOSS,
     balance_loss,
     router_z_loss,
 )
-from megatron_completep.model.routing import observing, routers
+from megatron_completep.model.routing import Routing, observing, routers
 from megatron_completep.parallel.cross_entropy import IGNORED
 from megatron_completep.parallel.gradients import main_grad_of
 from tests.model.test_experts import EXPERTS, furthest, gradients_of
@@ -214,8 +215,25 @@ def z_over_tokens(layers: int) -> float:
     return float((of_both - of_tokens).norm() / of_tokens.norm())
 
 
-def test_the_gradients_of_tokens_and_routers_fall_alike_with_depth() -> None:
-    """The control: by a coefficient that does not know the depth the ratio would grow as it."""
-    grown = z_over_tokens(16) / z_over_tokens(2)
-    assert grown == pytest.approx(1, abs=0.25)
-    assert grown * 8 > 4
+def test_the_gradients_of_tokens_and_routers_fall_alike_with_depth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The control: by a coefficient that does not know the depth the ratio grows as it."""
+    assert z_over_tokens(16) / z_over_tokens(2) == pytest.approx(1, abs=0.25)
+    monkeypatch.setattr(Table, "router_loss_multiplier", 1.0)
+    assert z_over_tokens(16) / z_over_tokens(2) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sigmoids_that_have_all_fallen_to_0_leave_losses_and_gradients_finite(
+    dtype: torch.dtype,
+) -> None:
+    logits = torch.tensor([[-1e4, -2e4], [0.5, -0.5]], dtype=dtype, requires_grad=True)
+    scores = logits.sigmoid()
+    assert not scores[0].any()
+    balance_loss(shares_of(scores), torch.tensor([[2, 0]])).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad[1].all()
+    # Of scores that have not, it is the plain quotient, to the bit.
+    plain = scores / scores.sum(-1, keepdim=True)
+    assert torch.equal(shares_of(scores)[1], plain[1]) and plain[0].isnan().all()
+    assert Routing(scores, torch.zeros(2, 1), scores).entropy()[0] == 0

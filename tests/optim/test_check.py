@@ -323,6 +323,33 @@ def test_the_plan_of_a_run_says_and_refuses_the_same():
         describe(config_with("optimizer.base_eps=1e-46"))
 
 
+UNLIKE_PROXY = [
+    *("model.moe={num_experts: 8, top_k: 2}", "completep.base_hidden_size=16"),
+    *("completep.base_num_layers=2", "completep.base_num_experts=4"),
+    *("completep.base_expert_ffn_hidden_size=64", "completep.allow_sparsity_change=true"),
+    "completep.allow_granularity_change=true",
+]
+
+
+def test_what_experts_are_not_known_to_transfer_over_is_named_by_runs_and_plans():
+    config = config_with(*UNLIKE_PROXY)
+    share, width = check_parameters(config, table_of(config))
+    assert share.startswith("unproven: ") and "(2 / 8 here, 2 / 4 in the proxy)" in share
+    assert width.startswith("unproven: ") and "(64 / 32 here, 64 / 16 in the proxy)" in width
+    for line in (share, width):
+        assert f"warning: {line}" in describe(config)
+    # A proxy of the same shares needs no word, whatever is allowed.
+    alike = ["completep.base_top_k=1", "completep.base_expert_ffn_hidden_size=32"]
+    assert check(*UNLIKE_PROXY, *alike) == []
+
+
+def test_a_rate_of_a_balance_bias_that_is_not_there_is_a_warning():
+    experts = "num_experts: 4, top_k: 2, balance: none"
+    (warning,) = check(f"model.moe={{{experts}, bias_rate: 0.01}}")
+    assert warning == "model.moe.bias_rate = 0.01 moves no bias: model.moe.balance = none."
+    assert check(f"model.moe={{{experts}}}") == []
+
+
 def test_a_trial_of_an_instrument_refuses_the_same():
     """Coordinate check, sweep and laziness train through it."""
     for word in ("optimizer.base_eps=1e-46", override("layer.0.*", lr=2.0)):

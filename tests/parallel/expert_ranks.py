@@ -29,7 +29,7 @@ class Outcome:
     loss: float
     grad_norm: float
     biases: dict[str, Tensor]
-    loads: dict[int, list[int]]  # of this rank's tokens, by layer
+    choices: dict[int, list[Tensor]]  # [T, k] of this rank's tokens, by layer and micro-batch
     global_loads: dict[str, Tensor]  # of the step, by the name of the bias
     rows: int  # that came to this rank's experts in the first layer
 
@@ -56,11 +56,11 @@ def one_step(
     (gpt,) = assembly.chunks
     optimizer = assembly.optimizer
     tokens, labels = batch_of(config.model, batch=4)
-    loads: dict[int, list[int]] = {}
+    seen: dict[int, list[Tensor]] = {}
     rows = 0
 
     def count(layer: int, routing: Any) -> None:
-        loads[layer] = routing.load().tolist()
+        seen.setdefault(layer, []).append(routing.experts)
 
     own = range(4)[context.data.rank :: context.data.size]
     local = context.sequence.length(config.model.seq_length)
@@ -88,7 +88,7 @@ def one_step(
     biases = {n: p.detach().clone() for n, p in gpt.named_parameters() if "router.bias" in n}
     summed = gather_loads(optimizer.shards, optimizer.loads)
     figures = int(result.tokens), float(result.loss), float(result.grad_norm)
-    return Outcome(*figures, biases, loads, summed, rows)
+    return Outcome(*figures, biases, seen, summed, rows)
 
 
 def hashes_with_a_wrong_expert(rank: int, wrong_rank: int) -> dict[str, list[int]]:

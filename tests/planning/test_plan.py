@@ -234,6 +234,14 @@ def test_the_tool_prints_one_json_object(programs: Programs) -> None:
     assert len(plan["parameters"]) == 3 + 6 * 4
 
 
+def test_a_balance_bias_is_planned_with_its_own_rate_and_none_of_the_tables() -> None:
+    config = planned_config(model={"moe": {"num_experts": 4, "top_k": 1, "bias_rate": 0.02}})
+    (row,) = [block for block in describe(config).split("\n\n") if "balance_bias: " in block]
+    assert "moves by model.moe.bias_rate = 0.02 a step" in row and "peak lr" not in row
+    (bias, *_) = [p for p in make_plan(config).parameters if p.role is Role.BALANCE_BIAS]
+    assert (bias.lr, bias.eps) == (0.02, 0.0)
+
+
 def test_the_tool_opens_no_data_and_prints_a_table(programs: Programs) -> None:
     text = programs.output(main, TARGET, "data.train=[{prefix: there/is/no/such/file}]")
     assert all(

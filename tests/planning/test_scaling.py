@@ -248,6 +248,38 @@ def test_the_plan_of_experts_says_exchanges_and_memory_at_uneven_loads() -> None
     assert "experts get 4 times their share" in text and "tokens to their experts, forward" in text
 
 
+def test_the_load_that_a_plan_states_is_one_that_a_rank_can_get() -> None:
+    """Of a layer that is recomputed, all rows lie there while it is."""
+    sizes = {}
+    for ranks in (1, 2, 8):
+        changes = merged(
+            {"model": {"moe": {"num_experts": 64, "top_k": 2}}},
+            {"parallel": {"pipeline_parallel_size": 1, "expert_parallel_size": ranks}},
+        )
+        plan = scaling_plan(config_of(changes), 64)
+        text = describe_scaling(config_of(changes), plan, GPUS["h100"])
+        sizes[ranks] = plan.imbalanced_activations
+        load = min(4, ranks)
+        assert (f"experts get {load} times their share" in text) == (ranks > 1)
+    assert sizes[1] == () and sizes[2] < sizes[8]
+
+    recomputed = config_of(changes, "full")
+    plan = scaling_plan(recomputed, 64)
+    (uneven,) = plan.imbalanced_activations
+    # More than two layers' rows at equal loads, where only the inputs of layers are kept.
+    assert uneven - plan.memory[0].activations > 2 * stage_of_one_layer(changes)
+    assert uneven < sizes[8][0]
+    text = describe_scaling(recomputed, plan, GPUS["h100"])
+    assert "in every layer, with one layer under recomputation" in text
+
+
+def stage_of_one_layer(changes: Sections) -> int:
+    """Bytes that one layer with experts keeps for backward at equal loads."""
+    one, two = (config_of(merged(changes, {"model": {"num_layers": n}})) for n in (1, 2))
+    kept = [rank_memory(config, 0, 32, 1).activations for config in (one, two)]
+    return kept[1] - kept[0]
+
+
 def test_layers_with_experts_are_split_by_what_a_token_meets() -> None:
     moe = {"num_experts": 64, "top_k": 2, "ffn_hidden_size": 2816, "first_dense_layers": 4}
     model = config_of({"model": {"moe": moe, "vocab_size": 64}}).model

@@ -48,7 +48,10 @@ def test_loads_are_those_of_the_step_and_entropies_those_of_the_probe() -> None:
 
     with observing(model, keep), torch.no_grad():
         model(batch(config, 1000).tokens)
-    figures = of_experts(telemetry.figures())
+    all_figures = telemetry.figures()
+    assert "update_ratio/router" in all_figures
+    assert "update_ratio/balance_bias" not in all_figures
+    figures = of_experts(all_figures)
     for layer in (0, 1):
         load = [chosen[layer].count(expert) for expert in range(6)]
         expected = max(load) / (sum(load) / 6)

@@ -7,8 +7,9 @@ import torch
 
 from megatron_completep.completep import table_of
 from megatron_completep.data.loader import Batch
-from megatron_completep.errors import ConfigError
+from megatron_completep.errors import ConfigError, ExpertsDoNotFit
 from megatron_completep.model.routing import routers
+from megatron_completep.parallel import dispatch
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.step import TrainingStep
@@ -58,3 +59,14 @@ def test_experts_without_a_token_are_a_warning_and_others_none() -> None:
     router.bias.data.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
     assert any("layer 3: 0, 1, 3" in line for line in said_of(step))
     assert not router.observers
+
+
+def test_rows_that_do_not_fit_are_named_with_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_of()
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(dispatch._Spread, "apply", refuse)
+    with pytest.raises(ExpertsDoNotFit, match=r"check of the first batch, layer 1: the experts"):
+        said_of(step)

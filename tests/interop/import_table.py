@@ -174,7 +174,7 @@ RIGHT: Right = {
     "Mixtral": ("Mixtral", EXPERTS, {}),
     "Mixtral, wide heads, its own base": (
         "Mixtral",
-        {**EXPERTS, "head_dim": 12, "num_experts_per_tok": 1},
+        {**EXPERTS, "head_dim": 12, "num_experts_per_tok": 3},
         {"rope_parameters": ...},
     ),
     "GPT-2": ("GPT2", {**GPT2, "n_positions": 96}, {}),

@@ -402,10 +402,12 @@ def begin_step_(
     control.copy_(torch.tensor(decided, dtype=torch.float64))
 
 
-def _valid_logits(logits: Tensor, vocab_start: int, vocab_size: int, logit_scale: float) -> Tensor:
-    """The scaled logits in float64, with the columns that pad the vocabulary at minus infinity."""
+def _valid_logits(
+    logits: Tensor, vocab_start: int, vocab_size: int, logit_scale: float, math_dtype: torch.dtype
+) -> Tensor:
+    """The scaled logits, with the columns that pad the vocabulary at minus infinity."""
     column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
-    scaled = logits.double() * logit_scale
+    scaled = logits.to(math_dtype) * logit_scale
     return scaled.masked_fill(column >= vocab_size, -math.inf)
 
 
@@ -416,12 +418,16 @@ def cross_entropy_forward(
     vocab_size: int,
     logit_scale: float = 1.0,
     with_sum: bool = False,
+    math_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Row statistics of one vocabulary shard; see `ops.cross_entropy.cross_entropy_forward`."""
-    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale)
+    """Row statistics of one vocabulary shard; see `ops.cross_entropy.cross_entropy_forward`.
+
+    math_dtype: of the arithmetic; float32 where this is compiled.
+    """
+    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale, math_dtype)
     maximum = scaled.amax(1)
     # Where every column is padding the maximum is -inf, and -inf - (-inf) would be NaN.
-    finite_maximum = maximum.clamp_min(-1e300)
+    finite_maximum = maximum.clamp_min(torch.finfo(math_dtype).min)
     sum_exp = torch.exp(scaled - finite_maximum[:, None]).sum(1)
 
     # Labels of another shard read column 0 instead, and their logit is then replaced by 0.
@@ -447,24 +453,25 @@ def cross_entropy_backward_(
     label_smoothing: float,
     vocab_size: int,
     logit_scale: float = 1.0,
+    math_dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Write the gradient of the raw logits over them.
+    """Write the gradient of the raw logits over them; math_dtype as above.
 
     See `ops.cross_entropy.cross_entropy_backward_`.
     """
-    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale)
-    lse = lse.double()
+    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale, math_dtype)
+    lse = lse.to(math_dtype)
     softmax = torch.exp(scaled - lse[:, None])
 
     # The smoothed target is a distribution over the true vocabulary: its padding has none of it.
     column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
-    is_target = (column == labels[:, None]).double()
-    is_valid = (column < vocab_size).double()
+    is_target = (column == labels[:, None]).to(math_dtype)
+    is_valid = (column < vocab_size).to(math_dtype)
     uniform = label_smoothing / vocab_size * is_valid
     smoothed_target = (1 - label_smoothing) * is_target + uniform
 
     # The z-loss adds d(z_loss * lse^2)/dz = 2 * z_loss * lse * softmax.
-    factor = logit_scale * grad_scale.double().expand(labels.shape)
+    factor = logit_scale * grad_scale.to(math_dtype).expand(labels.shape)
     softmax_factor = (1 + 2 * z_loss * lse)[:, None]
     gradient = factor[:, None] * (softmax_factor * softmax - smoothed_target)
     is_zero = (labels == ignore_index)[:, None] | (column >= vocab_size)

@@ -57,6 +57,8 @@ class CompiledDefinitions:
         self.join_heads = torch.compile(reference.join_heads, **options)
         self.rotary = torch.compile(reference.rotary, **options)
         self.rotary_ = torch.compile(_rotary_, **options)
+        self.cross_entropy_forward = torch.compile(_cross_entropy_forward, **options)
+        self.cross_entropy_backward_ = torch.compile(_cross_entropy_backward_, **options)
 
     def graph(self, function: Callable[..., _Result]) -> Callable[..., _Result]:
         """A function of tensors, compiled as a whole when it is first called."""
@@ -114,6 +116,34 @@ def server_of(x: Tensor, compiled: CompiledDefinitions | None) -> CompiledDefini
     """`compiled` if it is there and serves tensors such as `x`, else None: the operators run."""
     served = x.device.type == "cpu" and x.dtype != torch.float64
     return compiled if served else None
+
+
+def _cross_entropy_forward(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    logit_scale: float,
+    with_sum: bool,
+) -> Tensor:
+    shard = (labels, vocab_start, vocab_size)
+    return reference.cross_entropy_forward(logits, *shard, logit_scale, with_sum, torch.float32)
+
+
+def _cross_entropy_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    lse: Tensor,
+    grad_scale: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    vocab_size: int,
+    logit_scale: float,
+) -> None:
+    terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale, torch.float32)
+    reference.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
 
 
 def _swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:

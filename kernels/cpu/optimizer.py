@@ -5,6 +5,8 @@ split between threads. float64 takes the definition itself: tests compare it to 
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -47,39 +49,67 @@ def adamw_(
 
     # Read once: every number that is taken from a tensor costs host time.
     root = math.sqrt(step.correction2)
-    group_values = groups.tolist()
-    infinite_step = [torch.full((), math.inf)]
-    scaled = torch.empty(min(ADAMW_CHUNK, grad.numel()), dtype=torch.float32)
-    for start, length, group in segments.tolist():
-        lr_factor, weight_decay, eps = group_values[group]
+    infinite_step = torch.full((), math.inf)
+    stored = [master, grad, exp_avg, exp_avg_sq]
+    if parameter_out is not None:
+        stored.append(parameter_out)
+    for (lr_factor, weight_decay, eps), spans in _spans_by_values(segments, groups):
         lr = step.learning_rate * lr_factor
         decay = lr * weight_decay
-        for begin in range(start, start + length, ADAMW_CHUNK):
-            chunk = slice(begin, min(begin + ADAMW_CHUNK, start + length))
-            # `grad` is not changed: a clipped chunk goes into a buffer that stays in the cache.
-            gradient = grad[chunk]
-            if step.clip != 1.0 or gradient.dtype != torch.float32:
-                gradient = torch.mul(gradient, step.clip, out=scaled[: gradient.numel()])
-            parameter = master[chunk]
-            if decay:
-                torch.add(parameter, parameter, alpha=-decay, out=parameter)
-            torch._fused_adamw_(
-                [parameter],
-                [gradient],
-                [exp_avg[chunk]],
-                [exp_avg_sq[chunk]],
-                [],
-                infinite_step,
-                lr=lr * root / step.correction1,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=0.0,
-                eps=eps * root,
-                amsgrad=False,
-                maximize=False,
-            )
-            if parameter_out is not None:
-                parameter_out[chunk].copy_(parameter)
+        count = len(spans)
+        pieces = [flat.narrow(0, start, length) for flat in stored for start, length in spans]
+        parameters = pieces[:count]
+        gradients = pieces[count : 2 * count]
+        averages = pieces[2 * count : 3 * count]
+        squares = pieces[3 * count : 4 * count]
+        # `grad` is not changed: what is clipped goes into a buffer that stays in the cache.
+        if grad.dtype != torch.float32:
+            gradients = [gradient.float() for gradient in gradients]
+        if step.clip != 1.0:
+            gradients = list(torch._foreach_mul(gradients, step.clip))
+        if decay:
+            torch._foreach_add_(parameters, parameters, alpha=-decay)
+        torch._fused_adamw_(
+            parameters,
+            gradients,
+            averages,
+            squares,
+            [],
+            [infinite_step] * len(parameters),
+            lr=lr * root / step.correction1,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=eps * root,
+            amsgrad=False,
+            maximize=False,
+        )
+        if parameter_out is not None:
+            torch._foreach_copy_(pieces[4 * count :], parameters)
+
+
+def _spans_by_values(
+    segments: Tensor, groups: Tensor
+) -> Iterator[tuple[tuple[float, ...], list[tuple[int, int]]]]:
+    """(values of a group, parts of the shard as start and length), a chunk of elements at most.
+
+    Long segments are cut. Short ones are taken together, those of groups with equal values too,
+    because each call costs host time.
+    """
+    values = [tuple(row) for row in groups.tolist()]
+    parts: dict[tuple[float, ...], list[tuple[int, int]]] = {}
+    sizes: Counter[tuple[float, ...]] = Counter()
+    for start, length, group in segments.tolist():
+        key = values[group]
+        stop = start + length
+        for begin in range(start, stop, ADAMW_CHUNK):
+            size = min(ADAMW_CHUNK, stop - begin)
+            if sizes[key] + size > ADAMW_CHUNK:
+                yield key, parts.pop(key)
+                sizes[key] = 0
+            parts.setdefault(key, []).append((begin, size))
+            sizes[key] += size
+    yield from parts.items()
 
 
 def sum_of_squares(flat: Tensor, segments: Tensor | None = None) -> Tensor:

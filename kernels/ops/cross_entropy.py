@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..cpu import cross_entropy as cpu
+from ..cpu.compiled import CompiledDefinitions, server_of
 from ..launch import block_shape, options
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
@@ -230,6 +231,7 @@ def cross_entropy_forward(
     vocab_size: int,
     logit_scale: float = 1.0,
     with_sum: bool = False,
+    compiled: CompiledDefinitions | None = None,
 ) -> Tensor:
     """Row statistics of one vocabulary shard: [3, T], or [4, T] with `with_sum`.
 
@@ -240,7 +242,14 @@ def cross_entropy_forward(
 
     There is no communication. Over shards, all-reduce the maximum; then sum row 1, each shard's
     multiplied by exp(its maximum - the maximum of all), and rows 2 and 3 as they are.
+
+    compiled: what computes it on a CPU, if it serves these logits.
     """
+    server = server_of(logits, compiled)
+    if server is not None and logits.numel():
+        return server.cross_entropy_forward(
+            logits, labels, vocab_start, vocab_size, logit_scale, with_sum
+        )
     return _forward(logits, labels, vocab_start, vocab_size, logit_scale, with_sum)
 
 
@@ -278,6 +287,7 @@ def cross_entropy_backward_(
     label_smoothing: float,
     vocab_size: int,
     logit_scale: float = 1.0,
+    compiled: CompiledDefinitions | None = None,
 ) -> None:
     """Write the gradient of the raw (unscaled) logits over them.
 
@@ -286,19 +296,14 @@ def cross_entropy_backward_(
 
     Ignored tokens and padding columns get 0. `lse` [T] is that of the whole vocabulary;
     `grad_scale` [T] or [1] is the gradient of each token's loss; `vocab_size` is the true V.
+    compiled: as above.
     """
-    _backward(
-        logits,
-        labels,
-        vocab_start,
-        lse,
-        grad_scale,
-        ignore_index,
-        z_loss,
-        label_smoothing,
-        vocab_size,
-        logit_scale,
-    )
+    server = server_of(logits, compiled)
+    terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+    if server is not None and logits.numel():
+        server.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
+        return
+    _backward(logits, labels, vocab_start, lse, grad_scale, *terms)
 
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at once

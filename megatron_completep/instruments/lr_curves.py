@@ -64,6 +64,8 @@ class Curve:
     expert_loads: Sequence[float] | None = None
     # log2 of S (completep.batch), by which the peak rate differs from the base rate of the grid.
     log2_scale: float = 0.0
+    # By learning rate: the time scale of decay; infinite without decay. None: not known.
+    taus: Sequence[float] | None = None
 
     @property
     def family(self) -> Family:
@@ -85,6 +87,15 @@ class Curve:
     def optimum(self, mean: Array | None = None) -> fits.Optimum:
         """The best learning rate of the mean curve, or of a replicate of it (`mean`)."""
         return parabola_optimum(self.log2_lr, self.mean if mean is None else mean)
+
+    def tau_at(self, log2_lr: float) -> float | None:
+        """The time scale of decay at a learning rate of the grid's range; None: none, or unknown.
+
+        It is inverse to the rate, or the same at all rates, so a line in logarithms.
+        """
+        if self.taus is None or not np.isfinite(self.taus).all():
+            return None
+        return float(2 ** np.interp(log2_lr, self.log2_lr, np.log2(self.taus)))
 
     def same_runs(self, other: Curve) -> bool:
         """Whether both curves come from the same runs.
@@ -163,10 +174,12 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
     """
     runs_by_setting: dict[Setting, dict[tuple[float, int], dict[str, Any]]] = {}
     scales: dict[Setting, float] = {}
+    taus: dict[Setting, dict[float, float]] = {}
     for point, result in results:
         runs = runs_by_setting.setdefault(setting_of(point), {})
         runs[point.base_lr, point.seed] = result
         scales[setting_of(point)] = batch_scaling_of(point.config).scale
+        taus.setdefault(setting_of(point), {})[point.base_lr] = point.tau
 
     curves = []
     for setting, runs in runs_by_setting.items():
@@ -187,6 +200,7 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
             flops=flops,
             expert_loads=_mean_loads(runs, rates, seeds),
             log2_scale=float(np.log2(scales[setting])),
+            taus=[taus[setting][rate] for rate in rates],
         )
         curves.append(curve)
     return curves

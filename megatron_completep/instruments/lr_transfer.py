@@ -67,7 +67,7 @@ class CurveSummary:
     # The smallest learning rate above the optimum that diverged.
     divergence_log2_lr: float | None
     flops: float
-    # AdamW's timescale as a fraction of the run: 1 / (lr * wd * steps) at the optimum.
+    # AdamW's timescale as a fraction of the run (`completep.tau`), at the optimum.
     tau: float | None
     num_experts: int = 0
     expert_load: float | None = None  # at the grid's best point: the largest over the mean
@@ -183,8 +183,6 @@ def summarize(curve: Curve, base: Curve) -> CurveSummary:
         at_edge = any(c.swept and c.optimum().at_edge for c in (curve, base))
         verdict = regret_verdict(lost_nats, at_edge)
 
-    # At the peak learning rate, before any schedule.
-    decay_over_run = 2**optimum.log2_lr * curve.base_weight_decay * curve.train_steps
     return CurveSummary(
         **setting_of(curve)._asdict(),
         seeds=curve.losses.shape[1],
@@ -198,7 +196,7 @@ def summarize(curve: Curve, base: Curve) -> CurveSummary:
         regret_verdict=verdict,
         divergence_log2_lr=divergence(curve),
         flops=curve.flops,
-        tau=1 / decay_over_run if decay_over_run else None,
+        tau=curve.tau_at(optimum.log2_lr),
         expert_load=curve.expert_loads[optimum.grid_index] if curve.expert_loads else None,
     )
 

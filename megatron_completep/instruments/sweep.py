@@ -13,13 +13,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_completep.completep import table_of
+from megatron_completep.completep.tau import timescales
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.json_text import read_json_object
@@ -41,6 +44,7 @@ from megatron_completep.instruments.trial import (
 from megatron_completep.instruments.workers import processes
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.parallel.context import ParallelContext, choose_device
+from megatron_completep.roles import Role
 from megatron_completep.training.build import build_validation
 
 FORMAT = 1  # of a point's file; part of its key, so that a change of meaning runs everything anew
@@ -80,15 +84,19 @@ class Point:
         content = json.dumps([FORMAT, settings], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
-    @property
+    @cached_property
     def tau(self) -> float:
-        """The time scale of weight decay in runs, 1 / (lr * wd * steps); infinite without decay."""
-        decay = self.base_lr * self.base_weight_decay * self.train_steps
-        return 1 / decay if decay else math.inf
+        """The time scale of hidden weights' decay (`completep.tau`); infinite without decay."""
+        config = self.config
+        for scale in timescales(config, table_of(config)):
+            if scale.role is Role.HIDDEN_WEIGHT:
+                return scale.run
+        return math.inf
 
     def settings(self) -> dict[str, Any]:
         """What is varied, for tables."""
-        return {name: setting for name, setting in vars(self).items() if name != "config"}
+        names = (field.name for field in fields(self))
+        return {name: getattr(self, name) for name in names if name != "config"}
 
 
 @dataclass(frozen=True)
@@ -355,7 +363,9 @@ def describe(point: Point) -> str:
         shape += f", {point.num_experts} experts"
     rate = f"lr 2^{math.log2(point.base_lr):.3g}"
     decay = ""
-    if point.base_weight_decay:
+    if point.config.optimizer.weight_decay_rule == "tau":
+        decay = f", tau {point.tau:.3g}"
+    elif point.base_weight_decay:
         decay = f", wd {point.base_weight_decay:g} (tau {point.tau:.3g})"
     return f"{shape}, {rate}{decay}, {point.train_steps} steps, seed {point.seed}"
 

@@ -30,12 +30,14 @@ from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import Block
 from megatron_completep.model.mlp import ACTIVATIONS
 from megatron_completep.model.stream import Branch, Stream
+from megatron_completep.model.wide_attention import pays_in_float32
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.traced import TracedProducts
 
 # More layers in a graph take less time a step, and longer to compile.
 LAYERS_A_GRAPH = 4
 BRANCHES_A_LAYER = 2
+SERVED = (torch.float32, torch.bfloat16)
 # As definitions; a block runs two of them as operators.
 ACTIVATION_DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
@@ -63,7 +65,10 @@ class LayerShape:
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of one layer, in the order of their use; None: the model has none such."""
+    """The parameters of one layer, in the order of their use; None: the model has none such.
+
+    Beside matrices in bf16 a graph has vectors in float32 (`LayerRun.leaves`).
+    """
 
     attention_norm: Tensor
     attention_norm_bias: Tensor | None
@@ -125,15 +130,13 @@ def attention(
     if cos is not None and sin is not None:
         q = reference.rotary(q, cos, sin)
         k = reference.rotary(k, cos, sin)
+    q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+    if pays_in_float32(q, k):
+        q, k, v = q.float(), k.float(), v.float()
     mixed = F.scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3),
-        k.permute(1, 2, 0, 3),
-        v.permute(1, 2, 0, 3),
-        is_causal=True,
-        scale=shape.scale,
-        enable_gqa=shape.num_heads != groups,
+        q, k, v, is_causal=True, scale=shape.scale, enable_gqa=shape.num_heads != groups
     )
-    return mixed.permute(2, 0, 1, 3).flatten(2)
+    return mixed.to(qkv.dtype).permute(2, 0, 1, 3).flatten(2)
 
 
 def idle_reason(
@@ -186,15 +189,15 @@ class LayerGraphs:
         """Whether the graphs take the place of the blocks in this forward pass.
 
         They do in training alone: without gradients (validation, generation) they would be other
-        graphs, to be compiled as well. bf16 is left out, as gradients of weights would be rounded
-        before they are added up in float32.
+        graphs, to be compiled as well.
         """
         if not torch.is_grad_enabled() or self.hooked:
             return False
-        if self._weight.dtype != torch.float32 or self._weight.device.type != "cpu":
+        weight = self._weight
+        if weight.dtype not in SERVED or weight.device.type != "cpu":
             return False
         causal = inputs.bias is None and inputs.document_starts is None and inputs.caches is None
-        return causal and stream.residual.dtype == torch.float32
+        return causal and stream.residual.dtype == weight.dtype
 
     @property
     def hooked(self) -> bool:
@@ -220,6 +223,17 @@ class LayerRun:
         weights[-1] = weights[-1]._replace(down_bias=None)
         self.weights = tuple(weights)
         self._parameters = [p for p in chain(*weights) if p is not None]
+
+    def leaves(self) -> tuple[LayerWeights, ...]:
+        """What the graph has of each layer: its parameters, with vectors in float32.
+
+        The gradient of a vector is a sum over all tokens, which bf16 would round before the queue
+        adds it up. That of a matrix leaves a product in bf16 wherever it is computed.
+        """
+        # Asked here, because a model is cast to its precision after it is built.
+        if self.weights[0].qkv.dtype == torch.float32:
+            return self.weights
+        return tuple(LayerWeights._make(map(widened, layer)) for layer in self.weights)
 
     def __call__(self, stream: Stream, inputs: AttentionInputs) -> Stream:
         """The stream after these layers; the last branch's output is still pending."""
@@ -252,12 +266,15 @@ class _Run(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inner_residual = residual.detach().requires_grad_(residual.requires_grad)
         inner_out = None if out is None else out.detach().requires_grad_(out.requires_grad)
+        inner_bias = widened(bias)
+        weights = run.leaves()
         with torch.enable_grad():
-            outputs = run.graph(run.shape, inner_residual, inner_out, bias, cos, sin, run.weights)
+            outputs = run.graph(run.shape, inner_residual, inner_out, inner_bias, cos, sin, weights)
         ctx.outputs = outputs
         ctx.inputs = (inner_residual, inner_out)
         ctx.others = 3 + len(parameters)  # arguments whose gradients autograd does not take
         ctx.parameters = parameters if bias is None else (bias, *parameters)
+        ctx.leaves = [leaf for leaf in chain((inner_bias,), *weights) if leaf is not None]
         ctx.queue = run.queue
         return outputs[0].detach(), outputs[1].detach()
 
@@ -265,14 +282,23 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         streams = [x for x in ctx.inputs if wanted(x)]
         parameters = [p for p in ctx.parameters if p.requires_grad]
-        gradients = torch.autograd.grad(ctx.outputs, [*streams, *parameters], d_outputs)
+        leaves = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(ctx.outputs, [*streams, *leaves], d_outputs)
         of_parameters = gradients[len(streams) :]
         # The graph's tensors are no longer needed, whoever keeps the outer pass.
         ctx.outputs = None
+        ctx.leaves = None
         ctx.queue.push_together(parameters, partial(add_gradients, of_parameters))
         of_streams = iter(gradients)
         d_inputs = [next(of_streams) if wanted(x) else None for x in ctx.inputs]
         return (None, *d_inputs, *(None,) * ctx.others)
+
+
+def widened(parameter: Tensor | None) -> Tensor | None:
+    """A vector in float32, as a leaf of the graph's own; a matrix, and float32, as it is given."""
+    if parameter is None or parameter.dim() > 1 or parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().requires_grad_(parameter.requires_grad)
 
 
 def wanted(x: Tensor | None) -> TypeGuard[Tensor]:

@@ -198,7 +198,9 @@ class _UnembeddingLoss(torch.autograd.Function):
         products = head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
         chunk_tokens = head.chunk_tokens(rows.shape[0], weight.element_size())
-        token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss, head._token_losses)
+        token_loss = _TokenLoss(
+            head, head.multiplier, ranks.tensor, loss, head.context.compiled, head._token_losses
+        )
         ctx.head = head
         ctx.shape = x.shape
         ctx.keeps_logits = rows.shape[0] <= chunk_tokens
@@ -258,6 +260,7 @@ class _TokenLoss:
     multiplier: float
     axis: Axis
     loss: LossConfig
+    compiled: kernels.CompiledDefinitions | None
     record: list[Tensor] | None = None  # where the losses of single tokens are kept
 
     def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,6 +273,7 @@ class _TokenLoss:
             self.head.vocab_size,
             self.multiplier,
             smoothing > 0,
+            self.compiled,
         )
         maximum = stats[0]
         # Rows: sum of exp(x - maximum), the target's logit, and with smoothing the logits' sum.
@@ -313,6 +317,7 @@ class _TokenLoss:
             self.loss.label_smoothing,
             self.head.vocab_size,
             self.multiplier,
+            self.compiled,
         )
 
     def forward_in_chunks(

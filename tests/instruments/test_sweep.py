@@ -10,9 +10,11 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.trial import change
@@ -38,6 +40,23 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path):
     )
     assert point.config.completep.parameterization == "mup"
     assert point.tau == pytest.approx(1 / (0.02 * 0.1 * 10))
+
+
+def test_a_line_on_a_point_has_the_tau_that_its_rule_of_decay_gives(tmp_path: Path):
+    config = proxy_config(tmp_path)
+
+    def line(**sections: dict[str, Any]) -> str:
+        (point,) = sweep.Grid([0.02], seeds=1).points(change(config, **sections))
+        return sweep.describe(point)
+
+    assert ", wd 0.1 (tau 50)," in line()
+    assert ", tau 1.3," in line(optimizer={"weight_decay_rule": "tau", "target_tau": 1.3})
+    # Four times the length at a square root: half the rate and half the decay of the proxy.
+    length = {"base_total_tokens": tokens_per_step(config) * config.training.train_steps}
+    assert ", wd 0.1 (tau 50)," in line(
+        completep=length, training={"train_steps": 4 * config.training.train_steps}
+    )
+    assert ", wd 0 " not in line(optimizer={"base_weight_decay": 0.0})
 
 
 def test_at_the_base_depth_rules_that_coincide_share_one_run(tmp_path: Path):

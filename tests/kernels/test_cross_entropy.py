@@ -11,9 +11,43 @@ import torch.nn.functional as F
 
 from megatron_completep import kernels
 from megatron_completep.kernels import reference
-from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
+from tests.kernels.step_kernels import DEVICE, launchers, mutant
+from tests.kernels.step_kernels import IMPLEMENTATIONS as BY_KERNELS
 
 IGNORED = -100
+
+
+class Compiled:
+    """The definition in float32, as `training.compile` takes it on a CPU.
+
+    Here it is traced, and the slow suite has Inductor's part of it. Compiled anew for every case,
+    because torch keeps only so many shapes of one function.
+    """
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    def cross_entropy_forward(self, logits, *arguments):
+        torch._dynamo.reset()
+        compiled = kernels.CompiledDefinitions(self.backend)
+        return kernels.cross_entropy_forward(logits.cpu(), *arguments, compiled=compiled)
+
+    def cross_entropy_backward_(self, logits, *arguments):
+        torch._dynamo.reset()
+        compiled = kernels.CompiledDefinitions(self.backend)
+        kernels.cross_entropy_backward_(logits, *arguments, compiled=compiled)
+
+
+INDUCTOR = "compiled by Inductor"
+IMPLEMENTATIONS = {
+    **BY_KERNELS,
+    "traced": Compiled("aot_eager"),
+    INDUCTOR: Compiled("inductor"),
+}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if name == INDUCTOR else ())
+    for name in IMPLEMENTATIONS
+]
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
 # Tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last
 # shard, one that is all padding.
@@ -123,7 +157,7 @@ def test_the_definition_matches_torch_in_float64(z_loss, label_smoothing):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_statistics_match_float64(name, shape, dtype):
     case = Case.create(*shape, dtype)
     actual = case.statistics(IMPLEMENTATIONS[name], case.logits.to(DEVICE)).cpu()
@@ -136,7 +170,7 @@ def test_statistics_match_float64(name, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, dtype):
     case = Case.create(*shape, dtype)
     tokens, columns = case.logits.shape
@@ -161,7 +195,7 @@ def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, d
     assert case.valid == 0 or (inner[0, : case.valid] != 0).any()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_grad_scale_serves_all_tokens(name):
     case = Case.create(5, 1000, 0, 990)
     gradients = [
@@ -173,7 +207,7 @@ def test_one_grad_scale_serves_all_tokens(name):
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
     """All-reduce the maximum, then sums:
     the recipe in `cross_entropy_forward`, with a last shard that is all padding.
@@ -218,7 +252,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
     )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_tokens_and_huge_logits_are_no_special_case(name):
     empty = Case.create(1, 64, 0, 64)
     empty.logits, empty.labels = empty.logits[:0], empty.labels[:0]

@@ -428,7 +428,8 @@ def cross_entropy_forward(
     maximum = scaled.amax(1)
     # Where every column is padding the maximum is -inf, and -inf - (-inf) would be NaN.
     finite_maximum = maximum.clamp_min(torch.finfo(math_dtype).min)
-    sum_exp = torch.exp(scaled - finite_maximum[:, None]).sum(1)
+    # In float64 in any case: compiled sums in float32 add up one by one.
+    sum_exp = torch.exp(scaled - finite_maximum[:, None]).sum(1, dtype=torch.float64)
 
     # Labels of another shard read column 0 instead, and their logit is then replaced by 0.
     column = labels - vocab_start
@@ -438,8 +439,8 @@ def cross_entropy_forward(
 
     rows = [maximum, sum_exp, target]
     if with_sum:
-        rows.append(scaled.masked_fill(scaled == -math.inf, 0.0).sum(1))
-    return torch.stack(rows).to(compute_dtype(logits))
+        rows.append(scaled.masked_fill(scaled == -math.inf, 0.0).sum(1, dtype=torch.float64))
+    return torch.stack([row.double() for row in rows]).to(compute_dtype(logits))
 
 
 def cross_entropy_backward_(

@@ -63,9 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     shape.add_argument("--vocabulary", type=whole(1, 10**7), default=4096)
     shape.add_argument("--sequence", type=whole(1, 10**7), default=256, help="tokens a sequence")
-    shape.add_argument(
-        "--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="(default: both)"
-    )
+    shape.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="(default: both)")
     # Any of these makes one kind of its own; what is not given is as in the first kind.
     shape.add_argument("--norm", choices=("layernorm", "rmsnorm"))
     shape.add_argument("--activation", choices=("gelu", "squared_relu", "swiglu"))
@@ -80,12 +78,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--plain-bf16",
         choices=("autocast", "pure"),
-        default="autocast",
-        help="how the plain model computes in bf16",
+        help="how the plain model computes in bf16 (default: autocast)",
     )
     parser.add_argument(
         "--rounds",
-        type=whole(1, 10**4),
+        type=whole(2, 10**4),
         help=f"timed steps of each program (default: {ROUNDS})",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -98,7 +95,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-sweep", action="store_true", help="leave the sweep out")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, and no sweep")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.kinds and any(getattr(arguments, name) is not None for name in OWN_KIND):
+        parser.error("--kinds names kinds of model, and a further option makes one: give one alone")
+    if arguments.plain_bf16 and "bf16" not in arguments.precision:
+        parser.error("--plain-bf16 says how the plain model computes in bf16, which is not timed")
+    arguments.kinds = arguments.kinds or list(KINDS)
+    arguments.plain_bf16 = arguments.plain_bf16 or "autocast"
+    return arguments
 
 
 def models(arguments: argparse.Namespace) -> dict[str, ModelConfig]:
@@ -147,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         settings = BenchmarkSettings(
             model,
             arguments.batch,
-            rounds=max(2, rounds),  # quartiles need two at least
+            rounds=rounds,
             plain_bf16=arguments.plain_bf16,
         )
         for precision in arguments.precision:

@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             "Try its parts with --cpu."
         )
     setting = describe_device(arguments.cpu)
-    folder = arguments.out or ROOT / "docs" / "benchmarks" / folder_name(setting["device"])
+    # A trial's times mean nothing, so they do not lie beside those that are committed.
+    reports = ROOT / "runs" / "gpu-report" if arguments.cpu else ROOT / "docs" / "benchmarks"
+    folder = arguments.out or reports / folder_name(setting["device"])
     # Parts run in another working folder.
     folder = folder.absolute()
     # Checked before the minutes of work whose result would be lost.

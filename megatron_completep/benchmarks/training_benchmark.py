@@ -279,7 +279,7 @@ def summarize(
 
 def _timing(seconds: Sequence[float], settings: BenchmarkSettings, peak: float | None) -> Timing:
     """The figures of one program. peak: FLOP/s of the device in this precision, where known."""
-    lower_quartile, median, upper_quartile = statistics.quantiles(seconds, n=4)
+    lower_quartile, median, upper_quartile = statistics.quantiles(seconds, n=4, method="inclusive")
     tokens = settings.batch_size * settings.model.seq_length
     flops = tokens * training_flops_per_token(settings.model)
     flops_per_second = flops / median

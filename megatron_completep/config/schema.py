@@ -369,8 +369,8 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compiled by torch.compile on a CPU: in float32 whole layers where nothing is "
-        "split over ranks, else and in bf16 the operations between products.",
+        description="Compiled by torch.compile on a CPU: whole layers where nothing is split over "
+        "ranks, else the operations between products.",
     )
     deterministic: bool = Field(
         False,

@@ -105,11 +105,14 @@ def layers(
     for layer in weights:
         if out is not None:
             residual = reference.scaled_add(residual, out, bias, shape.join)
-        x = reference.norm(residual, layer.attention_norm, layer.attention_norm_bias, shape.norm)
+        dtype = layer.qkv.dtype  # of the branches; the stream's may be wider
+        norm = (layer.attention_norm, layer.attention_norm_bias, shape.norm)
+        x = reference.norm(residual, *norm, dtype)
         mixed = attention(shape, product(x, layer.qkv, layer.qkv_bias), layer, cos, sin)
         out = product(mixed, layer.output)
         residual = reference.scaled_add(residual, out, layer.output_bias, shape.join)
-        x = reference.norm(residual, layer.mlp_norm, layer.mlp_norm_bias, shape.norm)
+        norm = (layer.mlp_norm, layer.mlp_norm_bias, shape.norm)
+        x = reference.norm(residual, *norm, dtype)
         out = product(activation(product(x, layer.up, layer.up_bias)), layer.down)
         bias = layer.down_bias
     assert out is not None
@@ -197,7 +200,7 @@ class LayerGraphs:
         if weight.dtype not in SERVED or weight.device.type != "cpu":
             return False
         causal = inputs.bias is None and inputs.document_starts is None and inputs.caches is None
-        return causal and stream.residual.dtype == weight.dtype
+        return causal and stream.residual.dtype in SERVED
 
     @property
     def hooked(self) -> bool:
@@ -283,7 +286,12 @@ class _Run(torch.autograd.Function):
         streams = [x for x in ctx.inputs if wanted(x)]
         parameters = [p for p in ctx.parameters if p.requires_grad]
         leaves = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        gradients = torch.autograd.grad(ctx.outputs, [*streams, *leaves], d_outputs)
+        # Where parameters are frozen, the stream or the last branch may depend on none that is not.
+        outputs = [out for out in ctx.outputs if out.requires_grad]
+        d_of_outputs = [
+            d_out for out, d_out in zip(ctx.outputs, d_outputs, strict=True) if out.requires_grad
+        ]
+        gradients = torch.autograd.grad(outputs, [*streams, *leaves], d_of_outputs)
         of_parameters = gradients[len(streams) :]
         # The graph's tensors are no longer needed, whoever keeps the outer pass.
         ctx.outputs = None

@@ -83,8 +83,8 @@ class OneDnnProducts(Products):
     """Float32 products on a CPU by oneDNN, if they are large enough; others by torch.
 
     The operator has no gradient, so torch computes every product that autograd has to differentiate
-    (logits). torch also computes every product inside a compiled region: there Inductor accepts
-    only a constant weight for the operator.
+    (logits). torch also computes every product inside a compiled region that is not handed
+    `traced()`: there Inductor accepts only a constant weight for the operator.
     """
 
     library: ClassVar[str] = "onednn"

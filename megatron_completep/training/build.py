@@ -26,7 +26,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import idle_reason
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.layer_graph import LAYERS_A_GRAPH
+from megatron_completep.model.layer_graph import LAYERS_A_GRAPH, SERVED
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.hook import Hook
 from megatron_completep.run.starts import STARTS, append_start
@@ -303,8 +303,10 @@ def _compiled(
         return
     for chunk in chunks[:1]:  # all are alike
         reason = chunk.graphs_idle
-        if precision != torch.float32:
-            reason = "not in float32"
+        if precision not in SERVED:
+            reason = "not in float32 or bf16"
+        elif config.data.reset_at_document_ends:
+            reason = "data.reset_at_document_ends"
         elif chunk.layer_graphs is not None and chunk.layer_graphs.hooked:
             reason = "modules wait for their parameters, or are watched"
         if reason is None:

@@ -110,6 +110,28 @@ def test_figures_are_said_and_everything_else_is_logged(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["parts"][0]["rows"][0]["measured"]
 
 
+def test_a_second_call_into_the_same_folder_keeps_the_parts_of_the_first(tmp_path: Path) -> None:
+    def call(name: str, measured: float, device: str = "Test GPU", date: str = "today") -> None:
+        rows = [{"figure": "copy", "measured": measured}]
+        outcome = report.Outcome(name, 1.0, "", rows)
+        report.write_report([outcome], tmp_path, {"device": device, "date": date})
+
+    def parts(file: str = "report.json") -> dict[str, float]:
+        written = json.loads((tmp_path / file).read_text())
+        return {part["name"]: part["rows"][0]["measured"] for part in written["parts"]}
+
+    call("graph", 1.0)
+    call("facts", 2.0, date="tomorrow")
+    assert list(parts().items()) == [("facts", 2.0), ("graph", 1.0)]
+    assert "## facts" in (tmp_path / "report.md").read_text()
+    call("graph", 3.0)
+    assert parts() == {"facts": 2.0, "graph": 3.0}
+    call("graph", 4.0, device="another")
+    assert parts() == {"graph": 4.0}
+    assert parts("report_1.json") == {"facts": 2.0, "graph": 3.0}
+    assert (tmp_path / "report_1.md").exists()
+
+
 @pytest.mark.parametrize(
     ("program", "problem"),
     [

@@ -28,14 +28,20 @@ class Compiled:
         self.backend = backend
 
     def cross_entropy_forward(self, logits, *arguments):
-        torch._dynamo.reset()
-        compiled = kernels.CompiledDefinitions(self.backend)
-        return kernels.cross_entropy_forward(logits.cpu(), *arguments, compiled=compiled)
+        return self._call(kernels.cross_entropy_forward, logits.cpu(), *arguments)
 
     def cross_entropy_backward_(self, logits, *arguments):
+        self._call(kernels.cross_entropy_backward_, logits, *arguments)
+
+    def _call(self, operation, logits, *arguments):
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         compiled = kernels.CompiledDefinitions(self.backend)
-        kernels.cross_entropy_backward_(logits, *arguments, compiled=compiled)
+        result = operation(logits, *arguments, compiled=compiled)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        served = logits.numel() > 0 and logits.dtype != torch.float64
+        assert bool(graphs) == (served and logits.device.type == "cpu")
+        return result
 
 
 INDUCTOR = "compiled by Inductor"
@@ -250,6 +256,16 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
         error(gradient, whole.gradient(reference, whole.logits.double(), expected_lse, grad_scale))
         < 1e-6
     )
+
+
+@pytest.mark.slow
+def test_compiled_sums_over_a_large_vocabulary_are_as_exact_as_over_a_small_one():
+    case = Case.create(4, 150_016, 0, 150_000)
+    case.logits *= 3 / 8
+    stats = case.statistics(IMPLEMENTATIONS[INDUCTOR])
+    expected = case.statistics(reference, case.logits.double())
+    for row, exact in zip(stats, expected, strict=True):
+        assert error(row, exact) < 3e-7
 
 
 @pytest.mark.parametrize("name", NAMES)

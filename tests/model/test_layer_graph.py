@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, random_batch
 from megatron_completep.completep import table_of
-from megatron_completep.kernels import CompiledDefinitions
+from megatron_completep.instruments.trial import change
+from megatron_completep.kernels import CompiledDefinitions, reference
 from megatron_completep.model import layer_graph
 from megatron_completep.model.layer_graph import LayerRun
 from megatron_completep.parallel.context import ParallelContext
@@ -21,6 +22,7 @@ from megatron_completep.parallel.products import OneDnnProducts, Products
 from megatron_completep.parallel.traced import TracedProducts
 from megatron_completep.run.assemble import assemble, build_model
 from megatron_completep.run.step import TrainingStep
+from megatron_completep.training.build import _compiled
 from tests.support.configs import GPT2, small_config
 
 Backend = str | Callable[..., Any]
@@ -118,14 +120,28 @@ def gradients_of(step: TrainingStep) -> dict[str, Tensor]:
     return {name: main_grad_of(parameter) for name, parameter in chunk.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["gelu", "squared ReLU, QK-norm, tied"])
-def test_bf16_graphs_give_the_gradients_of_the_blocks(name: str, runs: list[int]) -> None:
+BF16_MODELS: dict[str, dict[str, Any]] = {
+    "gelu": GPT2,
+    "squared ReLU, QK-norm, tied, grouped queries": {
+        **MODELS["squared ReLU, QK-norm, tied"],
+        "num_query_groups": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("stream", ["bf16", "float32"])
+@pytest.mark.parametrize("name", BF16_MODELS)
+def test_bf16_graphs_give_the_gradients_of_the_blocks(
+    name: str, stream: str, runs: list[int]
+) -> None:
     """Each is as near to those of float32 as the blocks' own, which round in other places."""
-    one = {"micro_batch_size": 2, "global_batch_size": 2}
-    by_graphs = gradients_of(step_of("aot_eager", precision="bf16", training=one, **MODELS[name]))
+    model = BF16_MODELS[name]
+    one: dict[str, Any] = {"training": {"micro_batch_size": 2, "global_batch_size": 2}}
+    bf16 = {"precision": "bf16", "fp32_residual": stream == "float32", **one, **model}
+    by_graphs = gradients_of(step_of("aot_eager", **bf16))
     assert runs == [1, LAYERS_A_GRAPH]
-    by_blocks = gradients_of(step_of(None, precision="bf16", training=one, **MODELS[name]))
-    exact = gradients_of(step_of(None, training=one, **MODELS[name]))
+    by_blocks = gradients_of(step_of(None, **bf16))
+    exact = gradients_of(step_of(None, **one, **model))
     for parameter, gradient in by_graphs.items():
         size = exact[parameter].norm().clamp_min(1e-4)
         error = (gradient - exact[parameter]).norm() / size
@@ -176,6 +192,73 @@ def test_a_parameter_that_is_not_trained_stays_as_it_is(runs: list[int]) -> None
     assert runs
     assert not main_grad_of(frozen).any()
     assert main_grad_of(block.mlp.down.weight).any()  # the control
+
+
+@pytest.mark.parametrize(
+    "trained", ["layers.2.mlp.down", "layers.2.mlp", "layers.0", "unembedding"]
+)
+def test_where_little_is_trained_its_gradients_are_those_of_the_blocks(
+    trained: str, runs: list[int]
+) -> None:
+    gradients = []
+    for backend in ("eager", None):
+        step = step_of(backend)
+        (chunk,) = step.chunks
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
+        found = gradients_of(step)
+        gradients.append({name: found[name] for name in found if name.startswith(trained)})
+    assert runs == [1, LAYERS_A_GRAPH]
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_a_compiled_run_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("cross_entropy_forward", "cross_entropy_backward_"):
+        definition = getattr(reference, name)
+
+        def counted(*arguments: Any, definition: Any = definition, name: str = name) -> Any:
+            calls.append(name)
+            return definition(*arguments)
+
+        monkeypatch.setattr(f"megatron_completep.kernels.cpu.compiled._{name}", counted)
+    one: dict[str, Any] = {"training": {"micro_batch_size": 2, "global_batch_size": 2}}
+    gradients_of(step_of("eager", **one))
+    assert calls == ["cross_entropy_forward", "cross_entropy_backward_"]
+    gradients_of(step_of(None, **one))
+    assert len(calls) == 2  # the control
+
+
+def test_in_graphs_onednn_begins_at_four_times_the_work() -> None:
+    products = OneDnnProducts(torch.nn.functional.linear, LeastWork(1 << 23, None))  # type: ignore[arg-type]
+    assert products.traced() == TracedProducts(LeastWork(1 << 25, None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "layers, 4 a graph"),
+        ({"precision": "bf16"}, "layers, 4 a graph"),
+        ({"precision": "bf16", "fp32_residual": True}, "layers, 4 a graph"),
+        ({"data": {"reset_at_document_ends": True}}, "data.reset_at_document_ends"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"training": {"recompute": "selective"}}, "recompute: selective"),
+    ],
+    ids=str,
+)
+def test_the_start_up_line_says_what_is_compiled(settings: dict[str, Any], says: str) -> None:
+    settings = dict(settings)
+    data = settings.pop("data", {})
+    step = step_of("eager", **settings)
+    config = change(step.config, training={"compile": True}, data=data)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    context = ParallelContext.single()
+    (line,) = list(_compiled(config, context, dtype, step.chunks))
+    assert line.startswith("\ncompiled: ")
+    assert line.endswith(says)
 
 
 def test_large_products_in_a_graph_go_to_onednn(runs: list[int]) -> None:

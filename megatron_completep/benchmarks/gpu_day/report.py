@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_completep.files import write_whole
+
 Say = Callable[[str], None]
 Row = Mapping[str, Any]
 
@@ -100,7 +102,8 @@ def run_parts(
     folder: where parts write, and all that they print beside figures.
     """
     outcomes = []
-    with (folder / LOG).open("w") as log:
+    # A day takes several calls, of which each runs what is left.
+    with (folder / LOG).open("a") as log:
         for part, limit in zip(parts, limits(parts, seconds, clock), strict=True):
             outcome = run_part(part, folder, limit, environment, root, say, log, trial)
             outcomes.append(outcome)
@@ -240,10 +243,39 @@ def what_now(outcomes: Sequence[Outcome], trial: bool = False) -> str:
 
 
 def write_report(outcomes: Sequence[Outcome], folder: Path, setting: Row) -> None:
-    """report.json and report.md."""
-    content = {"setting": dict(setting), "parts": [asdict(outcome) for outcome in outcomes]}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "report.md").write_text(page(outcomes, setting))
+    """report.json and report.md: these parts, and those of earlier calls that were not run again.
+
+    A report of another device or other versions stays beside it, as report_1.json and so on.
+    """
+    path = folder / "report.json"
+    of_part = _earlier(path, setting) if path.exists() else {}
+    if path.exists() and not of_part:
+        taken = len(list(folder.glob("report_*.json")))
+        for written in (path, path.with_suffix(".md")):
+            if written.exists():
+                written.rename(folder / f"report_{taken + 1}{written.suffix}")
+    of_part.update({outcome.name: outcome for outcome in outcomes})
+    order = [part.name for part in PARTS]
+    together = sorted(of_part.values(), key=lambda outcome: order.index(outcome.name))
+    content = {"setting": dict(setting), "parts": [asdict(outcome) for outcome in together]}
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(path.with_suffix(".md"), page(together, setting).encode())
+
+
+def _earlier(path: Path, setting: Row) -> dict[str, Outcome]:
+    """The parts of a report, by name; none where it is of another setting, or cannot be read."""
+    try:
+        earlier = json.loads(path.read_bytes())
+        if _unchanged(earlier["setting"]) != _unchanged(setting):
+            return {}
+        return {part["name"]: Outcome(**part) for part in earlier["parts"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _unchanged(setting: Row) -> dict[str, Any]:
+    """What two calls of one report have in common."""
+    return {key: entry for key, entry in setting.items() if key != "date"}
 
 
 def page(outcomes: Sequence[Outcome], setting: Row) -> str:

@@ -41,22 +41,20 @@ class TracedProducts:
         if least is not None and x.numel() * weight.shape[0] >= least.product:
             return _linear(x, weight, bias, least.weight_gradient)
         if bias is not None and bias.dtype != x.dtype:
-            return _linear(x, weight, bias)
+            # One pass with what follows it.
+            return (F.linear(x, weight) + bias).to(x.dtype)
         return F.linear(x, weight, bias)
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, least: int | None = None
 ) -> Tensor:
-    """The same as one operator. float32 goes to oneDNN, gradients of weights from `least` on."""
+    """The same by oneDNN, and the gradient of x, too; that of the weight from `least` on."""
     out: Tensor = torch.ops.completep_products.linear.default(x, weight, bias, least)
     return out
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, least: int | None) -> Tensor:
-    if x.dtype != torch.float32:
-        # As a layer computes it: torch sends these products to oneDNN by itself.
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
@@ -67,7 +65,7 @@ def _on_paper(x: Tensor, weight: Tensor, bias: Tensor | None, least: int | None)
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.least = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight)
 
 
@@ -75,15 +73,14 @@ def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, the weight and the bias. Each product has as many multiplications as forward's."""
     x, weight = ctx.saved_tensors
     # The operator transposes its second operand, so that it gets W^T for d_out W.
-    d_x = _linear(d_out, weight.t()) if x.dtype == torch.float32 else d_out @ weight
+    d_x = _linear(d_out, weight.t())
     rows = d_out.flatten(0, -2)  # [T, out]
     inputs = x.flatten(0, -2)  # [T, in]
     if ctx.least is not None and x.numel() * weight.shape[0] >= ctx.least:
         d_weight = _linear(rows.t(), inputs.t())
     else:
         d_weight = rows.t() @ inputs
-    d_bias = None if ctx.bias_dtype is None else rows.sum(0, dtype=ctx.bias_dtype)
-    return d_x, d_weight, d_bias, None
+    return d_x, d_weight, rows.sum(0) if ctx.has_bias else None, None
 
 
 _library.impl("linear", _on_cpu, "CPU")

@@ -34,7 +34,7 @@ def tunable(candidates, *sizes):
     return Tunable(KEY, tuple(candidates), sizes)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_every_operation_is_tuned_and_launched_as_the_written_table_says(architecture, tmp_path):
     answer = without_the_interpreter(
         Path(__file__).parent / "tune_with_a_clock.py", architecture, tmp_path / "tuned.py"

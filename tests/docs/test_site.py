@@ -25,6 +25,8 @@ from tests.support.browser import Browser, chromium
 from tests.support.commands import Programs
 
 ROOT = Path(__file__).resolve().parents[2]
+# The build alone takes half a minute. `make docs` makes it as well, and dead links end it.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

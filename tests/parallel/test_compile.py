@@ -71,7 +71,13 @@ def compare(pool, name: str, backend: str, tolerance: float) -> None:
     assert graphs >= 2  # at least the first norm and the others were really compiled
 
 
-@pytest.mark.parametrize("name", RUNS)
+LESS_OFTEN = ("pipeline 2, empty last stage", "data 2", "full recomputation, grouped queries")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LESS_OFTEN else ()) for name in RUNS],
+)
 def test_traced_definitions_give_equal_losses_and_parameters(pool, name):
     """aot_eager traces forward and backward and runs the same kernels:
     equal but for the order of a few additions.

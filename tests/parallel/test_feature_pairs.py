@@ -128,6 +128,7 @@ def row_with(**levels: str) -> Row:
     return next(row for row in rows() if wanted.items() <= row.items())
 
 
+@pytest.mark.slow
 def test_a_forgotten_sum_of_gradients_is_caught(pool):
     found = problems(pool, row_with(layout="tensor 2, sequence"), FORGOTTEN_SUM)
     assert any("norm.weight is off" in line for line in found), found

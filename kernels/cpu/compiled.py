@@ -24,6 +24,8 @@ from . import residual_norm as cpu_norm
 
 _Result = TypeVar("_Result")
 
+# The loss is defined in float64; compiled, it computes in what its operators do.
+IN_FLOAT32: dict[str, Any] = {"math_dtype": torch.float32}
 SHAPES = 64  # for which torch compiles one function, before it runs the next one uncompiled
 
 
@@ -118,32 +120,12 @@ def server_of(x: Tensor, compiled: CompiledDefinitions | None) -> CompiledDefini
     return compiled if served else None
 
 
-def _cross_entropy_forward(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_start: int,
-    vocab_size: int,
-    logit_scale: float,
-    with_sum: bool,
-) -> Tensor:
-    shard = (labels, vocab_start, vocab_size)
-    return reference.cross_entropy_forward(logits, *shard, logit_scale, with_sum, torch.float32)
+def _cross_entropy_forward(*arguments: Any) -> Tensor:
+    return reference.cross_entropy_forward(*arguments, **IN_FLOAT32)
 
 
-def _cross_entropy_backward_(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_start: int,
-    lse: Tensor,
-    grad_scale: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
-    vocab_size: int,
-    logit_scale: float,
-) -> None:
-    terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale, torch.float32)
-    reference.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
+def _cross_entropy_backward_(*arguments: Any) -> None:
+    reference.cross_entropy_backward_(*arguments, **IN_FLOAT32)
 
 
 def _swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:

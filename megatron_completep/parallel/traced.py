@@ -41,7 +41,7 @@ class TracedProducts:
         if least is not None and x.numel() * weight.shape[0] >= least.product:
             return _linear(x, weight, bias, least.weight_gradient)
         if bias is not None and bias.dtype != x.dtype:
-            # One pass with what follows it.
+            # One pass with what follows it; the product is rounded once more than by a layer.
             return (F.linear(x, weight) + bias).to(x.dtype)
         return F.linear(x, weight, bias)
 

@@ -130,6 +130,12 @@ def test_a_second_call_into_the_same_folder_keeps_the_parts_of_the_first(tmp_pat
     assert parts() == {"graph": 4.0}
     assert parts("report_1.json") == {"facts": 2.0, "graph": 3.0}
     assert (tmp_path / "report_1.md").exists()
+    (tmp_path / "report_1.json").rename(tmp_path / "report_2.json")
+    call("facts", 5.0)
+    assert parts("report_1.json") == {"graph": 4.0}
+    assert parts("report_2.json") == {"facts": 2.0, "graph": 3.0}
+    call("of another version", 6.0)
+    assert list(parts()) == ["facts", "of another version"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def output_bytes(folder: Path, name: str) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize("most_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most_kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_many_times_the_bytes_are_those_of_a_run_never_killed(
     folder: Path, most_kills: int
 ) -> None:

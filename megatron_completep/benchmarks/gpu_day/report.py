@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -250,13 +251,14 @@ def write_report(outcomes: Sequence[Outcome], folder: Path, setting: Row) -> Non
     path = folder / "report.json"
     of_part = _earlier(path, setting) if path.exists() else {}
     if path.exists() and not of_part:
-        taken = len(list(folder.glob("report_*.json")))
+        free = next(n for n in count(1) if not (folder / f"report_{n}.json").exists())
         for written in (path, path.with_suffix(".md")):
             if written.exists():
-                written.rename(folder / f"report_{taken + 1}{written.suffix}")
+                written.rename(folder / f"report_{free}{written.suffix}")
     of_part.update({outcome.name: outcome for outcome in outcomes})
-    order = [part.name for part in PARTS]
-    together = sorted(of_part.values(), key=lambda outcome: order.index(outcome.name))
+    # A part that was renamed since then comes last.
+    order = dict.fromkeys([*(part.name for part in PARTS), *of_part])
+    together = [of_part[name] for name in order if name in of_part]
     content = {"setting": dict(setting), "parts": [asdict(outcome) for outcome in together]}
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     write_whole(path.with_suffix(".md"), page(together, setting).encode())

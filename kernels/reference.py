@@ -26,6 +26,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 SEED_SIZE = 7  # elements of what `dropout_seed` returns
+SUM_COLUMNS = 128  # of a row of logits, whose exponentials are summed before float64 takes over
 
 
 @dataclass(frozen=True)
@@ -406,9 +407,31 @@ def _valid_logits(
     logits: Tensor, vocab_start: int, vocab_size: int, logit_scale: float, math_dtype: torch.dtype
 ) -> Tensor:
     """The scaled logits, with the columns that pad the vocabulary at minus infinity."""
-    column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
     scaled = logits.to(math_dtype) * logit_scale
-    return scaled.masked_fill(column >= vocab_size, -math.inf)
+    padding = _padding(logits, vocab_start, vocab_size)
+    return scaled if padding is None else scaled.masked_fill(padding, -math.inf)
+
+
+def _padding(logits: Tensor, vocab_start: int, vocab_size: int) -> Tensor | None:
+    """Which columns [V] pad the vocabulary; None: no column does.
+
+    Compiled, a mask costs as much as the exponentials, and most shards have no padding.
+    """
+    columns = logits.shape[1]
+    if vocab_start + columns <= vocab_size:
+        return None
+    return torch.arange(columns, device=logits.device) >= vocab_size - vocab_start
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """[T, V] -> [T], added up in x's precision within parts of a row, and in float64 over them.
+
+    Compiled sums in float32 add up one by one, which loses digits over a whole row; a row in
+    float64 takes twice the time.
+    """
+    if x.shape[1] % SUM_COLUMNS == 0:
+        x = x.unflatten(1, (-1, SUM_COLUMNS)).sum(2)
+    return x.sum(1, dtype=torch.float64)
 
 
 def cross_entropy_forward(
@@ -428,8 +451,7 @@ def cross_entropy_forward(
     maximum = scaled.amax(1)
     # Where every column is padding the maximum is -inf, and -inf - (-inf) would be NaN.
     finite_maximum = maximum.clamp_min(torch.finfo(math_dtype).min)
-    # In float64 in any case: compiled sums in float32 add up one by one.
-    sum_exp = torch.exp(scaled - finite_maximum[:, None]).sum(1, dtype=torch.float64)
+    sum_exp = _sum_of_rows(torch.exp(scaled - finite_maximum[:, None]))
 
     # Labels of another shard read column 0 instead, and their logit is then replaced by 0.
     column = labels - vocab_start
@@ -439,7 +461,7 @@ def cross_entropy_forward(
 
     rows = [maximum, sum_exp, target]
     if with_sum:
-        rows.append(scaled.masked_fill(scaled == -math.inf, 0.0).sum(1, dtype=torch.float64))
+        rows.append(_sum_of_rows(scaled.masked_fill(scaled == -math.inf, 0.0)))
     return torch.stack([row.double() for row in rows]).to(compute_dtype(logits))
 
 
@@ -460,22 +482,24 @@ def cross_entropy_backward_(
 
     See `ops.cross_entropy.cross_entropy_backward_`.
     """
-    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale, math_dtype)
+    # Whatever padding has here, its gradient is 0 in the end.
+    scaled = logits.to(math_dtype) * logit_scale
     lse = lse.to(math_dtype)
     softmax = torch.exp(scaled - lse[:, None])
 
-    # The smoothed target is a distribution over the true vocabulary: its padding has none of it.
+    # The smoothed target is a distribution over the true vocabulary.
     column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
     is_target = (column == labels[:, None]).to(math_dtype)
-    is_valid = (column < vocab_size).to(math_dtype)
-    uniform = label_smoothing / vocab_size * is_valid
-    smoothed_target = (1 - label_smoothing) * is_target + uniform
+    smoothed_target = (1 - label_smoothing) * is_target + label_smoothing / vocab_size
 
     # The z-loss adds d(z_loss * lse^2)/dz = 2 * z_loss * lse * softmax.
     factor = logit_scale * grad_scale.to(math_dtype).expand(labels.shape)
     softmax_factor = (1 + 2 * z_loss * lse)[:, None]
     gradient = factor[:, None] * (softmax_factor * softmax - smoothed_target)
-    is_zero = (labels == ignore_index)[:, None] | (column >= vocab_size)
+    is_zero = (labels == ignore_index)[:, None]
+    padding = _padding(logits, vocab_start, vocab_size)
+    if padding is not None:
+        is_zero = is_zero | padding
     logits.copy_(gradient.masked_fill(is_zero, 0.0))
 
 

@@ -8,8 +8,8 @@ keeps its columns of them. Of a tensor with more dimensions, all but the last co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import product
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.parallel.parameter import Range, Spec, part_name, specs_of
-
-Index = tuple[int, ...]
 
 
 @torch.no_grad()
@@ -80,37 +78,46 @@ def draw(spec: Spec, seed: int, name: str) -> np.ndarray:
     # count of random words, so that none can be skipped.
     all_columns = column_ranges == ((0, columns),)
     local = np.zeros(spec.local_shape, dtype=np.float32)
-    for local_index, logical_index in _rows(spec, leading):
-        # The number of the row in the logical tensor: the same on every rank that draws it.
-        row = int(np.ravel_multi_index(logical_index, leading)) if leading else 0
-        generator = np.random.Generator(np.random.Philox(key=[key, row]))
+    local_rows = local.reshape(math.prod(spec.local_shape[:-1]), spec.local_shape[-1])
+    # One generator is set back to the beginning of each row's stream: making another one would take
+    # several times as long as drawing a short row.
+    stream = np.random.Philox(key=[key, 0])
+    generator = np.random.Generator(stream)
+    beginning = stream.state
+    for local_row, logical_row in zip(*_rows(spec, leading), strict=True):
+        beginning["state"]["key"][1] = logical_row
+        stream.state = beginning
         numbers = generator.standard_normal(columns, dtype=np.float32)
         if not all_columns:
             numbers = np.concatenate([numbers[start:stop] for start, stop in column_ranges])
-        local[local_index][: len(numbers)] = numbers  # what is behind them is padding
+        local_rows[local_row, : len(numbers)] = numbers  # what is behind them is padding
     return local
 
 
-def _rows(spec: Spec, leading: Sequence[int]) -> Iterator[tuple[Index, Index]]:
-    """(index in the local tensor, index in the logical one) of every row that this rank holds."""
-    by_dimension = []
-    for dimension, size in enumerate(leading):
-        by_dimension.append(_logical_indices(spec.local_ranges(dimension), size))
-    for pairs in product(*by_dimension):
-        local_index = tuple(local for local, _ in pairs)
-        logical_index = tuple(logical for _, logical in pairs)
-        yield local_index, logical_index
+def _rows(spec: Spec, leading: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(number in the local tensor, number in the logical one) of every row that this rank holds.
+
+    The number in the logical tensor is the same on every rank that draws the row.
+    """
+    if not leading:
+        return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    indices = [_indices(spec.local_ranges(i), size) for i, size in enumerate(leading)]
+    local = np.ix_(*(local for local, _ in indices))
+    logical = np.ix_(*(logical for _, logical in indices))
+    return (
+        np.ravel_multi_index(local, spec.local_shape[:-1]).ravel(),
+        np.ravel_multi_index(logical, leading).ravel(),
+    )
 
 
-def _logical_indices(ranges: tuple[Range, ...], size: int) -> list[tuple[int, int]]:
-    """(position in the local tensor, position in the logical one) along one dimension.
+def _indices(ranges: tuple[Range, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions in the local tensor, positions in the logical one) along one dimension.
 
     Padding is left out.
     """
-    logical_positions: list[int] = []
-    for start, stop in ranges:
-        logical_positions.extend(range(start, stop))
-    return [pair for pair in enumerate(logical_positions) if pair[1] < size]
+    logical = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+    is_held = logical < size
+    return np.flatnonzero(is_held), logical[is_held]
 
 
 def fingerprint(tensor: Tensor) -> str:

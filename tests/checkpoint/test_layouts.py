@@ -11,22 +11,21 @@ from megatron_completep.checkpoint import StoredCheckpoint
 from tests.checkpoint.layouts import EXPERT_LAYOUTS, LAYOUTS, TP2_PP2_DP2, load, run, save
 
 
-@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "tied_gpt"])
-def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("tied_gpt", ("one", "tp2_cp2", "pp4_uneven")),
+        pytest.param("tied_gpt", tuple(LAYOUTS), marks=pytest.mark.slow),
+        pytest.param("llama", tuple(LAYOUTS), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_path, model, names):
     run(pool, save, tmp_path / "first", model, TP2_PP2_DP2)
-    for name, layout in LAYOUTS.items():
-        save_to = str(tmp_path / name)  # and from there back
-        assert not [
-            wrong
-            for rank in run(pool, load, tmp_path / "first", model, layout, save_to)
-            for wrong in rank
-        ], name
-    for name in (
-        LAYOUTS if model == "llama" else ("one", "tp2_cp2", "pp4_uneven")
-    ):  # all of them in the slow suite
-        assert not [
-            wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank
-        ], name
+    for name in names:
+        save_to = tmp_path / name
+        outcomes = run(pool, load, tmp_path / "first", model, LAYOUTS[name], str(save_to))
+        outcomes += run(pool, load, save_to, model, TP2_PP2_DP2)
+        assert not [wrong for rank in outcomes for wrong in rank], name
 
 
 def test_experts_are_read_by_any_number_of_ranks_that_share_them(pool, tmp_path):

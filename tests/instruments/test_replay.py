@@ -8,8 +8,6 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,10 +264,10 @@ def test_the_tool_leaves_with_1_when_the_numbers_disagree(
     assert lines[-1].startswith("fail (float64, 20 steps)")
 
 
-def test_the_tool_leaves_with_2_and_one_message_when_the_trace_is_missing() -> None:
-    """As a program of its own, from another folder."""
-    words = [sys.executable, str(ROOT / "tools/replay_trace.py"), "no/such/trace"]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "tests")
-    assert run.returncode == 2 and not run.stdout
-    assert run.stderr.startswith("error: no/such/trace: not a trace")
-    assert "Traceback" not in run.stderr
+def test_the_tool_leaves_with_2_and_one_message_when_the_trace_is_missing(
+    programs: Programs,
+) -> None:
+    ended = programs.run(main, "no/such/trace")
+    assert ended.code == 2 and not ended.out
+    assert ended.err.startswith("error: no/such/trace: not a trace")
+    assert "Traceback" not in ended.err

@@ -4,6 +4,7 @@ with the standard deviation of the role.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
 
 def hidden(*shape: int, **settings: Any) -> Spec:
     return Spec(Role.HIDDEN_WEIGHT, shape, **settings)
+
+
+def test_every_row_is_the_beginning_of_a_stream_of_its_own() -> None:
+    """Long rows after one another: what the generator holds back of one must not reach the next."""
+    for name in "abcdefgh":  # keys with and without the highest of 64 bits
+        digest = hashlib.blake2b(f"5/{name}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little")
+        drawn = draw(hidden(3, 33), 5, name)
+        for row, numbers in enumerate(drawn):
+            stream = np.random.Generator(np.random.Philox(key=[key, row]))
+            assert np.array_equal(numbers, stream.standard_normal(33, dtype=np.float32))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ ALL = "softmax, shared, all ranks"
         # Experts over ranks of which each data rank has several, and over part of them.
         ("tensor 2, sequence, data 2", ALL, {"recomputation": "full", "micro-batch": "2"}),
         ("data 4, optimizer over 2", TWO, {"recomputation": "selective", "documents": "apart"}),
-        ("tensor 2, sequence, pipeline 2, 1f1b", TWO, {"dropout": "0.2"}),
+        pytest.param(
+            "tensor 2, sequence, pipeline 2, 1f1b", TWO, {"dropout": "0.2"}, marks=pytest.mark.slow
+        ),
         ("pipeline 2, zero-bubble, data 2, optimizer over 1", TWO, {}),
         pytest.param(
             "context 2 by heads, tensor 2, sequence",

@@ -106,7 +106,12 @@ def row_of(**levels: str) -> Row:
 
 
 @pytest.mark.parametrize(
-    "layout", ["data 2", "context 2 by heads, tensor 2, sequence", "pipeline 2, 1f1b, data 2"]
+    "layout",
+    [
+        "data 2",
+        "pipeline 2, 1f1b, data 2",
+        pytest.param("context 2 by heads, tensor 2, sequence", marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout_draws_the_masks_of_one_process(pool, layout):
     row = row_of(layout=layout, dropout="0.2") | {"micro-batch": "2"}

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
+
+from megatron_completep.tools.compile_kernels import main
+from tests.support.commands import Programs
 
 ROOT = Path(__file__).parents[2]
 CONFIG = [
@@ -57,7 +61,11 @@ def test_every_kernel_of_a_run_is_compiled_into_the_cache(tmp_path):
         (["no_such_file.yaml", "--arch", "sm_90"], "no_such_file.yaml"),
     ],
 )
-def test_a_run_that_launches_nothing_is_refused(arguments, message):
-    answer = compile_kernels(*arguments)
-    assert answer.returncode == 2
-    assert message in answer.stderr and "Traceback" not in answer.stderr
+def test_a_run_that_launches_nothing_is_refused(
+    arguments, message, programs: Programs, monkeypatch: pytest.MonkeyPatch
+):
+    # Refused before anything is compiled, which this process could not do.
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    ended = programs.run(main, *arguments)
+    assert ended.code == 2
+    assert message in ended.err and "Traceback" not in ended.err

@@ -233,10 +233,11 @@ def run_plan(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
     runs = ladders.points(ladder)
     flops = ladders.total_flops(ladder)
     say(f"{len(runs)} runs, {flops:.3g} FLOPs in all: {arguments.out}/ladder.json, rungs/")
-    for warning in ladder_advice.warnings(ladder, arguments.study):
+    for warning in ladder_advice.warnings(ladder, arguments.study, arguments.from_flops):
         say(f"warning: {warning}")
     if ladder.target is not None:
-        say(f"target: {ladder.target.shape}, {ladder.target.flops:.3g} FLOPs")
+        target = ladder.target
+        say(f"target: {target.shape}, N : L {target.shape.ratio:.3g}, {target.flops:.3g} FLOPs")
     say(f"next: {shlex.join([*call_of('ladder'), 'run', str(arguments.out)])}")
     return {"runs": len(runs), "flops": flops, "folder": str(arguments.out)}
 

@@ -109,7 +109,7 @@ class Corpus:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What identifies the data, to compare those of a resumed run with its checkpoint's."""
-        return [_identity(source.dataset) for source in self.sources]
+        return [identity_of_files(source.dataset) for source in self.sources]
 
     def check_vocabulary(self) -> None:
         """Refuse files whose PREFIX.json shows ids or a tokenizer beyond the model's vocabulary.
@@ -233,7 +233,7 @@ def _file_position(sample: Sample, position: int) -> int:
     raise AssertionError("a position beyond the sample")
 
 
-def _identity(dataset: IndexedDataset) -> dict[str, Any]:
+def identity_of_files(dataset: IndexedDataset) -> dict[str, Any]:
     """What tells the files of one source from others, ready for JSON."""
     # Without PREFIX.json there is no hash, and only the counts can tell two corpora apart.
     sidecar = dataset.sidecar or {}

@@ -310,6 +310,9 @@ def save(ladder: Ladder, folder: Path) -> None:
         )
     try:
         (folder / "rungs").mkdir(parents=True, exist_ok=True)
+        # Of a ladder that was planned here before, and whose ladder.json was removed.
+        for left_over in (folder / "rungs").glob("*.yaml"):
+            left_over.unlink()
         for rung in ladder.rungs:
             config = derived(ladder.proxy, rung.shape, ladder.scaling)
             save_config(config, folder / "rungs" / f"{rung.name}.yaml")
@@ -412,14 +415,21 @@ ROW_HEADS = [
 ]
 
 
+def flops_by_rung(ladder: Ladder) -> dict[str, float]:
+    """FLOPs of all runs of a rung by its name, each run once."""
+    flops = {rung.name: 0.0 for rung in ladder.rungs}
+    counted: set[str] = set()
+    for run in runs(ladder):
+        if run.point.key not in counted:
+            counted.add(run.point.key)
+            config = run.point.config
+            flops[run.rung] += training_flops_per_token(config.model) * total_tokens(config)
+    return flops
+
+
 def total_flops(ladder: Ladder) -> float:
     """FLOPs of all runs, each once."""
-    by_key = {point.key: point for point in points(ladder)}
-    total = 0.0
-    for point in by_key.values():
-        config = point.config
-        total += training_flops_per_token(config.model) * total_tokens(config)
-    return total
+    return sum(flops_by_rung(ladder).values())
 
 
 def ratio_of(proxy: Config) -> float:

@@ -23,12 +23,22 @@ from megatron_completep.instruments.run_shape import Family, Shape
 
 MOST_BEYOND = 10.0  # times the top rung's compute that a law is trusted for
 NEAR_RATIO = 1.1  # of N : L: rungs farther than this from what was asked scatter about a law
+NEAR_COMPUTE = 0.1  # the same of the lowest rung's FLOPs, as a fraction
+NEAR_BATCH = 0.1  # and of a batch, which micro-batches can round by more than whole numbers do
 
 
-def warnings(ladder: Ladder, ratios: Sequence[float] = ()) -> list[str]:
-    """What makes a ladder say less than it could, a sentence each. ratios: those of its study."""
+def warnings(
+    ladder: Ladder, ratios: Sequence[float] = (), smallest_flops: float | None = None
+) -> list[str]:
+    """What makes a ladder say less than it could, a sentence each.
+
+    ratios: those that were asked of its study. smallest_flops: what was asked of the lowest rung.
+    """
     sentences = [*_of_repetitions(ladder), *_of_shapes(ladder)]
+    sentences += _of_lowest(ladder, smallest_flops)
     sentences += _of_lengths(ladder)
+    sentences += _of_batches(ladder)
+    sentences += _of_counted_steps(ladder)
     sentences += _of_data(ladder)
     sentences += _of_target(ladder)
     return sentences + study_gaps(ladder, ratios)
@@ -42,15 +52,64 @@ def _of_repetitions(ladder: Ladder) -> Iterator[str]:
 
 
 def _of_shapes(ladder: Ladder) -> Iterator[str]:
-    border = math.log(NEAR_RATIO)
-    far = [r for r in ladder.rungs if abs(math.log(r.shape.ratio / ladder.ratio)) > border]
+    far = [rung for rung in ladder.rungs if _is_off_ratio(ladder, rung.shape)]
     if far:
         shapes = ", ".join(f"{rung.name} ({rung.shape.ratio:.3g})" for rung in far)
         yield (
             f"N : L is {ladder.ratio:.3g}, but whole heads and layers allow no nearer for rungs "
-            f"{shapes}: they may scatter about the law. Larger rungs or smaller heads "
-            "(model.head_dim) are nearer"
+            f"{shapes}: they may scatter about the law. Fewer or larger rungs (--rungs, "
+            "--to-flops), or smaller heads (model.head_dim), are nearer"
         )
+
+
+def _is_off_ratio(ladder: Ladder, shape: Shape) -> bool:
+    return abs(math.log(shape.ratio / ladder.ratio)) > math.log(NEAR_RATIO)
+
+
+def ratio_warnings(ladder: Ladder, shape: Shape) -> Iterator[str]:
+    """A warning for a forecast of a shape that is not of the rungs' N : L."""
+    if _is_off_ratio(ladder, shape):
+        yield (
+            f"N : L is {shape.ratio:.3g} ({shape}), that of the rungs {ladder.ratio:.3g}: such a "
+            "run may lie off their law. Ask for a size at which whole heads and layers allow it"
+        )
+
+
+def _of_lowest(ladder: Ladder, smallest_flops: float | None) -> Iterator[str]:
+    lowest = ladder.rungs[0].shape
+    flops = lowest.run_flops(ladder.scaling.tokens_per_parameter)
+    if smallest_flops is not None and abs(flops / smallest_flops - 1) > NEAR_COMPUTE:
+        yield (
+            f"--from-flops {smallest_flops:.3g}: the lowest rung has {flops:.3g} ({lowest}), which "
+            "is the nearest of the ladder's N : L"
+        )
+
+
+def _of_batches(ladder: Ladder) -> Iterator[str]:
+    """Rungs whose batch is far from what the length asks for, by whole micro-batches."""
+    training = ladder.proxy.training
+    rounded = []
+    for rung in ladder.rungs:
+        config = derived(ladder.proxy, rung.shape, ladder.scaling)
+        growth = total_tokens(config) / total_tokens(ladder.proxy)
+        exact = training.global_batch_size * growth**ladder.scaling.batch_power
+        miss = config.training.global_batch_size / exact - 1
+        if training.micro_batch_size > 1 and abs(miss) > NEAR_BATCH:
+            rounded.append(f"{rung.name} ({exact:.3g} to {config.training.global_batch_size})")
+    if rounded:
+        yield (
+            f"batches are rounded to micro-batches of {training.micro_batch_size} at rungs "
+            f"{', '.join(rounded)}: they may scatter about the law. A smaller "
+            "training.micro_batch_size is nearer, --batch-power 0 keeps the proxy's batch"
+        )
+
+
+def _of_counted_steps(ladder: Ladder) -> Iterator[str]:
+    training = ladder.proxy.training
+    names = ("batch_ramp", "stop_at_step", "skip_steps")
+    dropped = [f"training.{name}" for name in names if getattr(training, name)]
+    if dropped:
+        yield f"{', '.join(dropped)} of the proxy is left out: it counts the proxy's own steps"
 
 
 def _of_lengths(ladder: Ladder) -> Iterator[str]:
@@ -65,11 +124,15 @@ def _of_lengths(ladder: Ladder) -> Iterator[str]:
 
 
 def _of_data(ladder: Ladder) -> Iterator[str]:
-    """Rungs that read the corpus more than once; nothing where its files are not here yet."""
+    """Rungs that read the corpus more than once, or that its files are not here to tell."""
     repeating = []
     for rung in ladder.rungs:
         epochs = epochs_read(derived(ladder.proxy, rung.shape, ladder.scaling))
-        if epochs is not None and epochs > 1:
+        if epochs is None:
+            prefixes = ", ".join(source.prefix for source in ladder.proxy.data.train)
+            yield f"data.train: {prefixes}: not here, so whether it is read twice is not known"
+            return
+        if epochs > 1:
             repeating.append(f"{rung.name} ({epochs:.3g} times)")
     if repeating:
         yield (
@@ -107,19 +170,18 @@ def _of_target(ladder: Ladder) -> Iterator[str]:
     if ladder.target is None:
         return
     top = ladder.rungs[-1].shape.run_flops(ladder.scaling.tokens_per_parameter)
-    beyond = beyond_text(ladder.target.flops / top)
-    if beyond is not None:
-        yield beyond
+    yield from ratio_warnings(ladder, ladder.target.shape)
+    yield from beyond_warnings(ladder.target.flops / top)
 
 
-def beyond_text(times: float) -> str | None:
-    """A warning for a run of so many times the top rung's compute; None where it is near enough."""
-    if times <= MOST_BEYOND:
-        return None
-    return (
-        f"the run is {times:.3g} times the compute of the top rung: the interval knows the noise, "
-        f"not whether the law bends beyond the rungs. Keep within {MOST_BEYOND:g} times"
-    )
+def beyond_warnings(times: float) -> Iterator[str]:
+    """A warning for a run of so many times the top rung's compute, if that is too far."""
+    if times > MOST_BEYOND:
+        yield (
+            f"the run is {times:.3g} times the compute of the top rung: the interval knows the "
+            "noise, not whether the law bends beyond the rungs. Keep within "
+            f"{MOST_BEYOND:g} times"
+        )
 
 
 def study_gaps(ladder: Ladder, ratios: Sequence[float]) -> list[str]:

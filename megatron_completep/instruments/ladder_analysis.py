@@ -29,6 +29,12 @@ CURVE_GROUPS = 20  # parts of a run, of whose means collapse is judged
 COLLAPSES = 0.02  # largest spread of scaled curves in the last half that counts as one curve
 SAME_TAU = 1.1  # the largest ratio of two rungs' tau that counts as one
 DIFFERS = 0.04  # the smallest that counts as several
+# Verdicts. The last two: what the law says of other sizes is not to be trusted, however narrow its
+# interval.
+FORECAST = "forecast"
+MOVED = "moved"  # of a learning rate
+RATE_MOVED = "learning rate moved"
+TOP_MISSED = "top rung missed"
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,26 @@ class RuleAnalysis:
     collapse: str
     study: tuple[Studied, ...]
     target: Estimate | None
-    target_verdict: str
+
+    def verdict(self, forecast: Estimate) -> str:
+        """`forecast`, or the first reason why it is none; without a law `unresolved`."""
+        if self.law is None:
+            return "unresolved"
+        verdict = self.law.verdict(forecast)
+        if verdict != FORECAST:
+            return verdict
+        if any(end.verdict == MOVED for end in self.ends):
+            return RATE_MOVED
+        if self.holdout is not None and not self.holdout.is_inside:
+            return TOP_MISSED
+        return FORECAST
+
+    @property
+    def target_verdict(self) -> str:
+        """That of the target's forecast; what is missing where there is none."""
+        if self.target is not None:
+            return self.verdict(self.target)
+        return self.reason or "no target was planned"
 
 
 Results = dict[str, dict[str, Any]]  # by a point's key
@@ -145,12 +170,8 @@ def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results
     noise = means_and_noise(finite)[1] if finite else Noise(math.nan, 0)
     law, reason = _law(rungs)
     target: Estimate | None = None
-    target_verdict = "no target was planned"
-    if ladder.target is not None:
-        target_verdict = reason
-        if law is not None:
-            target = law.forecast(ladder.target.flops, seeds=1)
-            target_verdict = law.verdict(target)
+    if ladder.target is not None and law is not None:
+        target = law.forecast(ladder.target.flops, seeds=1)
     spread = curve_spread(rungs, law.law.floor if law is not None else 0.0)
     return RuleAnalysis(
         rule,
@@ -164,7 +185,6 @@ def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results
         collapse_verdict(rungs, spread),
         tuple(_studied(ladder, planned, results, rungs)),
         target,
-        target_verdict,
     )
 
 
@@ -247,17 +267,19 @@ def end_of(rung: str, losses: dict[float, float], noise: Noise) -> End:
     moved = best != 0 and not gain <= bound
     if noise.degrees < 1:
         return End(rung, losses, best, gain, "unresolved: one seed tells no noise")
-    return End(rung, losses, best, gain, "moved" if moved else "holds")
+    return End(rung, losses, best, gain, MOVED if moved else "holds")
 
 
 def curve_spread(rungs: Sequence[Finished], floor: float) -> float | None:
     """The largest spread of scaled curves in the last half of the runs, as a fraction.
 
     A curve is scaled to (L - floor) / (last L - floor) (arXiv 2509.25087), with the law's floor.
-    None for fewer than two curves.
+    None for fewer than two curves, and where one ends at the floor or below it.
     """
     curves = [rung.curve for rung in rungs if rung.curve is not None]
     if len(curves) < 2:
+        return None
+    if min(curve[-1] for curve in curves) <= floor:
         return None
     scaled = np.stack([(curve - floor) / (curve[-1] - floor) for curve in curves])
     last_half = scaled[:, CURVE_GROUPS // 2 :]

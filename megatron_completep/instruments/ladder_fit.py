@@ -78,8 +78,8 @@ class Fit:
 
     @property
     def broken(self) -> bool:
-        """Whether the rungs lie off every such law by more than the noise of seeds explains."""
-        return self.misfit < MISFIT
+        """Whether losses do not fall, or lie off every law by more than the noise explains."""
+        return self.misfit < MISFIT or self.law.scale <= 0
 
     def forecast(self, flops: float, seeds: int = 0) -> Estimate:
         """The loss at `flops`, with its 95 % interval.
@@ -268,8 +268,11 @@ class _Solver:
         scales = np.where(negative, scales_alone, scales)
         squares = np.where(negative, squares_alone, squares)
         floors = np.where(negative, 0.0, floors)
-        # A loss that rises with compute is no law of this kind.
-        squares = np.where(scales > 0, squares, np.inf)
+        # To losses that rise with compute the nearest of these laws is a constant.
+        rising = scales <= 0
+        scales = np.where(rising, 0.0, scales)
+        floors = np.where(rising, loss_means[:, np.newaxis], floors)
+        squares = np.where(rising, (centred_losses**2 @ w)[:, np.newaxis], squares)
         best = squares.argmin(axis=1)
         rows = np.arange(len(losses))
         parameters = (floors[rows, best], scales[rows, best], EXPONENTS[best])

@@ -16,10 +16,11 @@ from megatron_completep.instruments import sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.ladder import Ladder
-from megatron_completep.instruments.ladder_advice import beyond_text
+from megatron_completep.instruments.ladder_advice import beyond_warnings, ratio_warnings
 from megatron_completep.instruments.ladder_analysis import (
     COLLAPSES,
     DIFFERS,
+    FORECAST,
     Finished,
     RuleAnalysis,
     analyse,
@@ -34,7 +35,7 @@ Sizes = tuple[float | None, float | None, int | None]  # parameters, FLOPs, dept
 def report(folder: Path, say: Say = lambda text: None) -> dict[str, Any]:
     """Analyse a ladder's folder and write its report into it; returns what report.json holds.
 
-    Its `verdict` is that of the ladder's first rule: `forecast`, `unresolved` or `no power law`.
+    Its `verdict` is that of the ladder's first rule (`RuleAnalysis.verdict`).
     Raises DataError where the folder holds no ladder or no finished run.
     """
     ladder = ladders.load(folder)
@@ -69,19 +70,24 @@ def predict(folder: Path, sizes: Sizes, say: Say = lambda text: None) -> dict[st
         return {"verdict": "unresolved", "reason": analysis.reason}
     per_parameter = ladder.scaling.tokens_per_parameter
     asked = Asked(ladder.ratio, per_parameter, *sizes)
-    shape = Family(ladder.proxy).choose(asked).shape
+    choice = Family(ladder.proxy).choose(asked)
+    shape = choice.shape
     flops = shape.run_flops(per_parameter)
     estimate = analysis.law.forecast(flops, seeds=1)
-    verdict = analysis.law.verdict(estimate)
-    say(f"{shape}, {shape.parameters:,} parameters, {flops:.3g} FLOPs")
+    verdict = analysis.verdict(estimate)
+    say(
+        f"{shape}, N : L {shape.ratio:.3g}, {shape.parameters:,} parameters, {flops:.3g} FLOPs "
+        f"({choice.miss:+.1%} from what was asked)"
+    )
     say(f"loss {loss_text(estimate)} nats per token: {verdict}")
     beyond = flops / analysis.rungs[-1].flops
     say(f"{beyond:.3g} times the compute of the top rung that is finished")
-    far = beyond_text(beyond)
-    if far is not None:
-        say(f"warning: {far}")
-    figures = {"loss": estimate.value, "low": estimate.low, "high": estimate.high}
-    return dict(finite({**asdict(shape), "flops": flops, **figures, "verdict": verdict}))
+    warnings = [*ratio_warnings(ladder, shape), *beyond_warnings(beyond)]
+    for warning in warnings:
+        say(f"warning: {warning}")
+    figures: dict[str, Any] = {"loss": estimate.value, "low": estimate.low, "high": estimate.high}
+    figures |= {"verdict": verdict, "warnings": warnings}
+    return dict(finite({**asdict(shape), "flops": flops, **figures}))
 
 
 def unfinished(ladder: Ladder, folder: Path) -> dict[str, int]:
@@ -112,8 +118,9 @@ def overall(analysis: RuleAnalysis) -> str:
         return "unresolved"
     if analysis.target is not None:
         return analysis.target_verdict
-    if analysis.holdout is not None:
-        return analysis.holdout.verdict
+    top = analysis.holdout
+    if top is not None:
+        return analysis.verdict(top.forecast) if top.verdict == FORECAST else top.verdict
     return "no power law" if analysis.law.broken else "unresolved"
 
 
@@ -211,7 +218,7 @@ def build(ladder: Ladder, analyses: Sequence[RuleAnalysis], missing: Mapping[str
     _add_ends(document, analyses)
     _add_collapse(document, analyses)
     _add_study(document, analyses)
-    _add_cost(document, ladder, analyses)
+    _add_cost(document, ladder)
     return document
 
 
@@ -226,7 +233,8 @@ def _add_law(document: Report, ladder: Ladder, analyses: Sequence[RuleAnalysis])
     fitted = [analysis for analysis in analyses if analysis.law is not None]
     if not fitted:
         return
-    section.picture("law", draw_law(ladder, fitted), "Above: loss over compute. Below: residuals.")
+    caption = "Above: loss over compute. Below: residuals, with two standard errors of their means."
+    section.picture("law", draw_law(ladder, fitted), caption)
 
 
 def draw_law(ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> Any:
@@ -387,26 +395,25 @@ def draw_study(analyses: Sequence[RuleAnalysis]) -> Any:
     return figure
 
 
-def _add_cost(document: Report, ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> None:
+def _add_cost(document: Report, ladder: Ladder) -> None:
     total = ladders.total_flops(ladder)
     sentence = f"All planned runs take {total:.3g} FLOPs"
     if ladder.target is not None:
         share = total / ladder.target.flops
         sentence += f", {share:.2g} times the target's {ladder.target.flops:.3g}"
     section = document.section("Cost", f"{sentence}.")
-    section.picture("cost", draw_cost(ladder, analyses[0]), "FLOPs by size, all seeds.")
+    caption = "FLOPs by rung: all seeds, rules, learning rates and shapes. The target is one run."
+    section.picture("cost", draw_cost(ladder), caption)
 
 
-def draw_cost(ladder: Ladder, analysis: RuleAnalysis) -> Any:
-    """Bars of the compute of every rung (all seeds), and of the target."""
-    names = [rung.name for rung in analysis.rungs]
-    flops = [rung.flops * len(rung.losses) for rung in analysis.rungs]
+def draw_cost(ladder: Ladder) -> Any:
+    """Bars of the compute of every rung's planned runs, and of the target's one."""
+    flops = ladders.flops_by_rung(ladder)
     if ladder.target is not None:
-        names.append("target")
-        flops.append(ladder.target.flops)
+        flops["target"] = ladder.target.flops
     figure = new_figure(6.0, 3.0)
     panel = figure.subplots()
-    panel.bar(names, flops, color=PALETTE[0])
+    panel.bar(list(flops), list(flops.values()), color=PALETTE[0])
     panel.set(yscale="log", ylabel="FLOPs")
     panel.grid(alpha=0.3, axis="y")
     return figure

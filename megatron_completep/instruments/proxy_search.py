@@ -33,6 +33,7 @@ from megatron_completep.instruments.search_space import (
     with_settings,
 )
 from megatron_completep.instruments.sweep import loss_of, run_point, slurm_executor
+from megatron_completep.instruments.swept_text import check_text, text_of
 from megatron_completep.instruments.trial import change
 from megatron_completep.instruments.workers import processes
 from megatron_completep.parallel.context import choose_device
@@ -71,20 +72,28 @@ class Search:
     seed: int = 0
 
     def save(self, folder: Path) -> None:
-        """Write search.json. Raises ConfigError where the folder holds another search."""
-        content = {
+        """Write search.json.
+
+        Raises ConfigError where the folder holds another search, and DataError where its trials
+        are of another text.
+        """
+        content: dict[str, Any] = {
             "space": [asdict(one) for one in self.space],
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,
         }
         path = folder / "search.json"
         if path.exists():
-            if read_json_object(path) != json.loads(json.dumps(content)):
+            kept = read_json_object(path)
+            text = kept.pop("text", None)
+            if kept != json.loads(json.dumps(content)):
                 raise ConfigError(
                     f"{path}: another search, with other ranges or another configuration. "
                     "Give the same again, or choose another folder."
                 )
+            check_text([(path, self.config, text)])
             return
+        content["text"] = text_of(self.config)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=1).encode())
 

@@ -30,6 +30,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments.expert_taps import LoadTaps
+from megatron_completep.instruments.swept_text import Text, check_text, text_of
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     Trial,
@@ -247,8 +248,10 @@ def run_and_keep(
     # There are as many workers as cores, and more threads would fight over them.
     torch.set_num_threads(1)
     one_device = device if ":" in device else str(choose_device(device, 0))
-    result = run_point(config_from_mapping(config_values), one_device)
-    content = json.dumps({**settings, **result, "config": config_values})
+    config = config_from_mapping(config_values)
+    text = text_of(config)
+    result = run_point(config, one_device)
+    content = json.dumps({**settings, **result, "text": text, "config": config_values})
     write_whole(path, content.encode())
     return loss_of(result)
 
@@ -285,8 +288,10 @@ def default_workers(device: str) -> int:
 def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, say: Say) -> None:
     """Run the missing points in `workers` processes of one thread each.
 
-    On GPUs the points are dealt out in turn. `say` gets one line a finished point.
+    On GPUs the points are dealt out in turn. `say` gets one line a finished point. Raises DataError
+    where finished ones are of another text.
     """
+    check_text(_texts(points, folder))
     missing_points = missing(points, folder)
     count = len(missing_points)
     (folder / "points").mkdir(parents=True, exist_ok=True)
@@ -324,8 +329,10 @@ def run_slurm(
 ) -> list[Any]:
     """Submit the missing points to Slurm as one array job; returns submitit's jobs.
 
-    The points' files appear as the jobs end. Raises UserError where submitit is not installed.
+    The points' files appear as the jobs end. Raises UserError where submitit is not installed, and
+    DataError as `run_local` does.
     """
+    check_text(_texts(points, folder))
     rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
     executor = slurm_executor(folder, name, options, cluster)
@@ -386,6 +393,17 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
                 f"{path}: not a result: {error}. Remove it; the next sweep runs the point again."
             ) from None
         yield point, result
+
+
+def _texts(points: Sequence[Point], folder: Path) -> Iterator[tuple[Path, Config, Text | None]]:
+    """Path, configuration and text of the points that are done, for `check_text`."""
+    for point in points:
+        path = result_path(folder, point)
+        try:
+            result = read_json_object(path, finite=False) if path.exists() else {}
+        except DataError:
+            continue  # the report refuses the file, and says what to do
+        yield path, point.config, result.get("text")
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:

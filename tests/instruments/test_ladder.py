@@ -36,6 +36,7 @@ from megatron_completep.instruments.ladder_analysis import (
 )
 from megatron_completep.instruments.ladder_fit import Noise
 from megatron_completep.instruments.run_shape import Asked
+from megatron_completep.instruments.trial import change
 from megatron_completep.tools.ladder import main
 from tests.support.corpora import write_markov_chain
 from tests.support.runs import proxy_config
@@ -201,8 +202,9 @@ def test_text_that_is_read_twice_and_a_far_target_are_warned_of(tmp_path: Path):
     # By hand: the share of the 20 documents, of equal length, that is trained on.
     share = parse_split(config.data.split)[0] if config.data.split else 1.0
     epochs = int(tokens.replace(",", "")) / (round(20 * share) * 400)
-    assert f"05 ({epochs:.3g} times)" in said
-    assert "01 (" not in said
+    (repeated,) = [line for line in said.splitlines() if "more than once" in line]
+    assert f"05 ({epochs:.3g} times)" in repeated
+    assert "01 (" not in repeated
     assert "times the compute of the top rung" in said
     near = plan(config, wish(target=Asked(8.0, 1.0, flops=8e9)))
     assert not any("top rung" in warning for warning in ladder_advice.warnings(near))
@@ -259,6 +261,100 @@ def test_a_known_ladder_is_forecast_and_a_wrong_top_rung_is_seen(tmp_path: Path)
     assert not wrong.holdout.is_inside
     assert wrong.holdout.miss == pytest.approx(0.2, abs=0.02)
     assert [end.verdict for end in wrong.ends] == ["holds", "moved"]
+
+
+def test_a_moved_rate_and_a_missed_top_rung_leave_no_forecast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,), target=Asked(8.0, 1.0, flops=6e9)))
+    ladders.save(ladder, tmp_path)
+    write_results(ladder, tmp_path)
+    (right,) = analyse(ladder, tmp_path)
+    assert right.target_verdict == ladder_report.overall(right) == "forecast"
+    top = right.holdout
+    missed = replace(right, holdout=replace(top, measured=top.forecast.high + 0.001))
+    assert missed.target_verdict == ladder_report.overall(missed) == "top rung missed"
+    assert main(["fit", str(tmp_path)]) == 0
+    write_results(ladder, tmp_path, moved=0.1)
+    capsys.readouterr()
+    assert main(["fit", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.splitlines()[-2].endswith(": learning rate moved")
+    assert main(["predict", str(tmp_path), "--flops", "4e9"]) == 3
+
+
+def test_a_prediction_says_how_far_its_shape_and_its_size_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,)))
+    ladders.save(ladder, tmp_path)
+    write_results(ladder, tmp_path)
+    assert main(["predict", str(tmp_path), "--depth", "4", "--json"]) == 0
+    near = json.loads(capsys.readouterr().out)
+    assert near["hidden_size"] == 32 and near["warnings"] == []
+    assert main(["predict", str(tmp_path), "--flops", "1e12", "--json"]) == 0
+    told = capsys.readouterr()
+    far = json.loads(told.out)
+    assert re.search(r"N : L \S+, .* FLOPs \([+-]\d+\.\d% from what was asked\)", told.err)
+    assert any("times the compute of the top rung" in warning for warning in far["warnings"])
+    is_off = abs(math.log(far["hidden_size"] / far["num_layers"] / 8)) > math.log(1.1)
+    assert is_off == any("that of the rungs 8" in warning for warning in far["warnings"])
+    # The control: a shape of another N : L.
+    shape = replace(ladder.rungs[0].shape, num_layers=2)
+    (warning,) = ladder_advice.ratio_warnings(ladder, shape)
+    assert warning.startswith("N : L is 4 (2 layers x 8), that of the rungs 8")
+
+
+def test_a_plan_names_what_it_could_not_keep(tmp_path: Path):
+    config = proxy(tmp_path)
+    fine = change(config, training={"micro_batch_size": 1})
+    said = "\n".join(ladder_advice.warnings(plan(fine, wish()), (), 1e3))
+    assert "--from-flops 1e+03: the lowest rung has " in said
+    assert f"data.train: {config.data.train[0].prefix}: not here" in said
+    assert "rounded to micro-batches" not in said
+    training = {"micro_batch_size": 4, "global_batch_size": 4, "stop_at_step": 3}
+    coarse = plan(change(config, training=training), wish(scaling=Scaling(1.0)))
+    said = "\n".join(ladder_advice.warnings(coarse))
+    (batches,) = [line for line in said.splitlines() if "micro-batches of 4" in line]
+    exact = 4 * np.array(
+        [total_tokens(r.point.config) / total_tokens(coarse.proxy) for r in runs(coarse)]
+    )
+    by_rung = dict(zip([r.rung for r in runs(coarse)], exact**0.383 * 4**0.617, strict=True))
+    for name, batch in by_rung.items():
+        rounded = max(4, round(batch / 4) * 4)
+        assert (abs(rounded / batch - 1) > 0.1) == (f"{name} (" in batches), (name, batch)
+    assert "training.stop_at_step of the proxy is left out" in said
+    lengths = Scaling(1.0, batch_power=0.0)
+    kept = ladder_advice.warnings(plan(change(config, training=training), wish(scaling=lengths)))
+    assert not any("micro-batches" in warning for warning in kept)
+
+
+def test_another_plan_in_a_folder_leaves_no_rung_of_the_first(tmp_path: Path):
+    ladders.save(plan(proxy(tmp_path), wish()), tmp_path)
+    (tmp_path / "ladder.json").unlink()
+    ladders.save(plan(proxy(tmp_path), wish(rungs=4)), tmp_path)
+    assert [path.name for path in sorted((tmp_path / "rungs").iterdir())] == [
+        f"0{number}.yaml" for number in (1, 2, 3, 4)
+    ]
+
+
+def test_the_cost_is_that_of_all_runs(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(rules=("completep", "mup"), ratios=(4.0,)))
+    by_rung = ladders.flops_by_rung(ladder)
+    one = {r.name: r.shape.run_flops(1.0) for r in ladder.rungs}
+    # Two seeds, and two more learning rates; at the proxy's depth the two rules are one.
+    assert by_rung["01"] >= 4 * one["01"] * 0.9
+    assert by_rung["05"] >= (2 * 2 + 2 * 2) * one["05"] * 0.9
+    assert ladders.total_flops(ladder) == sum(by_rung.values())
+
+
+def test_curves_that_reach_the_floor_are_not_measured(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish())
+    write_results(ladder, tmp_path)
+    (analysis,) = analyse(ladder, tmp_path)
+    assert curve_spread(analysis.rungs, 1.0) is not None
+    lowest = min(rung.curve[-1] for rung in analysis.rungs)
+    assert curve_spread(analysis.rungs, lowest) is None
+    assert collapse_verdict(analysis.rungs, None) == "not measured"
 
 
 def test_a_learning_rate_moved_only_by_more_than_the_noise():

@@ -139,6 +139,14 @@ def test_rungs_that_follow_no_power_law_are_flagged_and_others_are_not():
     assert sum(false_alarms) <= 2
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.003])
+def test_losses_that_rise_with_compute_are_no_power_law(sigma: float):
+    rising = fit(FLOPS, noisy(0, sigma, law=lambda flops: 4.0 - loss_of(flops)))
+    assert rising.broken
+    assert rising.law.scale == 0.0
+    assert rising.verdict(rising.forecast(TARGET)) == "no power law"
+
+
 def test_an_interval_too_wide_to_use_and_one_seed_are_unresolved():
     loud = fit(FLOPS, noisy(0, 0.03))
     assert loud.verdict(loud.forecast(TARGET)) == "unresolved"

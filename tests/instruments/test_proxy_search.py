@@ -120,6 +120,19 @@ def test_a_stopped_search_goes_on_and_tries_the_same_settings_again(tmp_path: Pa
         proxy_search.prepare(proxy_search.Search(SPACE[:1], small_config()), tmp_path)
 
 
+def test_a_search_of_another_text_needs_another_folder(tmp_path: Path):
+    write_markov_chain(tmp_path / "text", 8_000)
+    config = proxy_config(tmp_path)
+    search = proxy_search.Search(SPACE[:1], config)
+    search.save(tmp_path / "search")
+    search.save(tmp_path / "search")  # the control: the same text
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"text{suffix}").unlink(missing_ok=True)
+    write_markov_chain(tmp_path / "text", 6_000)
+    with pytest.raises(DataError, match="what is finished read another text"):
+        search.save(tmp_path / "search")
+
+
 def in_threads(folder: Path) -> None:
     """Two that search at once, as two processes would: each opens the journal for itself."""
     with ThreadPoolExecutor(2) as pool:

@@ -130,6 +130,31 @@ def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path):
     assert again["validation_loss"] == written["validation_loss"]  # bit for bit: the same run
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_points_of_another_text_are_not_joined_by_new_ones(tmp_path: Path):
+    write_markov_chain(tmp_path / "text", 8_000)
+    config = proxy_config(tmp_path, training={"train_steps": 2})
+    points = sweep.Grid([2**-9, 2**-7], seeds=1).points(config)
+    sweep.run_local(points[:1], tmp_path, 1, "cpu", print)
+    path = sweep.result_path(tmp_path, points[0])
+    result = json.loads(path.read_text())
+    assert result["text"][0]["tokens"] == 8_000
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"text{suffix}").unlink(missing_ok=True)
+    # Without the files a finished folder can still be looked at.
+    sweep.run_local(points[:1], tmp_path, 1, "cpu", print)
+    write_markov_chain(tmp_path / "text", 6_000)
+    expected = "another text than .*text hold now .8,000 tokens in 20 documents then, 6,000"
+    with pytest.raises(DataError, match=expected):
+        sweep.run_local(points, tmp_path, 1, "cpu", print)
+    assert len(sweep.missing(points, tmp_path)) == 1
+    # The control: a result of a version that kept no text.
+    del result["text"]
+    path.write_text(json.dumps(result))
+    sweep.run_local(points, tmp_path, 1, "cpu", print)
+    assert sweep.missing(points, tmp_path) == []
+
+
 @pytest.fixture
 def small_sweep(tmp_path: Path) -> tuple[Path, list[sweep.Point]]:
     """Two points of two steps."""

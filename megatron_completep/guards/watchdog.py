@@ -84,9 +84,10 @@ class Watchdog:
 
         self._stopped = threading.Event()
         self._leaving = threading.Event()
-        # The first thread that dumps the flight recorder acquires this and keeps it, so the dump
-        # happens once.
-        self._flight_recorder_dumped = threading.Lock()
+        # Whichever of the two threads comes first dumps the flight recorder, and holds the lock
+        # until it is written.
+        self._flight_recorder = threading.Lock()
+        self._flight_recorder_dumped = False
         self._threads: list[threading.Thread] = []
         if timeout_seconds is not None:
             self._start_threads()
@@ -252,13 +253,19 @@ class Watchdog:
         """Write torch's record of this rank's newest collectives to the run's folder, once.
 
         Both threads may call this at the same moment, if this rank and another one time out
-        together.
+        together. The second one waits: it may be the one that ends the process.
         """
-        if not self._flight_recorder_dumped.acquire(blocking=False):
+        if not self._flight_recorder.acquire(timeout=ANSWER_SECONDS):
             return
-        path = self._flight_recorder_file(rank)
-        report = call_with_timeout(lambda: dump_flight_recorder(path), ANSWER_SECONDS)
-        self._report(f"rank {rank}: {report or 'the flight recorder does not answer'}")
+        try:
+            if self._flight_recorder_dumped:
+                return
+            self._flight_recorder_dumped = True
+            path = self._flight_recorder_file(rank)
+            report = call_with_timeout(lambda: dump_flight_recorder(path), ANSWER_SECONDS)
+            self._report(f"rank {rank}: {report or 'the flight recorder does not answer'}")
+        finally:
+            self._flight_recorder.release()
 
     def _flight_recorder_file(self, rank: int) -> Path:
         return self.folder / f"hang_rank_{rank:05d}.collectives.json"

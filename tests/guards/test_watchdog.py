@@ -148,6 +148,37 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     assert "\n".join(watched.said) == said
 
 
+def test_the_second_thread_that_would_dump_the_flight_recorder_waits_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end the process, and the record with it, if both ranks time out together."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 60.0)
+    writes, may_end = threading.Event(), threading.Event()
+
+    def slow_dump(path: Path) -> str:
+        writes.set()
+        may_end.wait(60)
+        path.write_text("{}")
+        return "written"
+
+    monkeypatch.setattr(module, "dump_flight_recorder", slow_dump)
+    watched = Watched(tmp_path, timeout=600.0)
+    first, second = (
+        threading.Thread(target=watched.dog._dump_flight_recorder, args=(0,)) for _ in range(2)
+    )
+    first.start()
+    assert writes.wait(60)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    may_end.set()
+    second.join(60)
+    assert (tmp_path / "hang_rank_00000.collectives.json").exists()
+    first.join(60)
+    assert watched.said == ["rank 0: written"]
+    watched.dog.stop()
+
+
 def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path: Path) -> None:
     watched = Watched(tmp_path, timeout=600.0)
     watched.dog.step_done(8)

@@ -259,7 +259,7 @@ def test_kernel_tests_leave_out_what_needs_no_device() -> None:
     ("parts", "lacking"),
     [
         (["report", "facts", "kernels", "bench"], [*WHEELS, *LACKING]),
-        ([part.name for part in PARTS], LACKING),
+        pytest.param([part.name for part in PARTS], LACKING, marks=pytest.mark.slow),
     ],
 )
 def test_parts_need_no_package_that_a_bare_gpu_machine_lacks(

@@ -122,6 +122,7 @@ def test_a_table_keeps_what_it_held_for_other_parts(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_gpu_and_writes_nothing():
     tool = ROOT / "tools" / "tune_kernels.py"
     answer = without_the_interpreter(

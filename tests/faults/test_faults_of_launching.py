@@ -53,6 +53,7 @@ def test_fault_24_restarts_resume_by_themselves(config, oracle):
     assert (losses(config), final_state(config)) == oracle
 
 
+@pytest.mark.slow
 def test_fault_24_restarts_that_get_nowhere_stop(config):
     codes = [
         run(

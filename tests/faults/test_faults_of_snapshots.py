@@ -116,6 +116,7 @@ def test_fault_6_a_flipped_bit_on_one_node_falls_back_to_the_one_before(killed, 
     resumes_from(killed, oracle, 8, "the snapshot of step 10 is not used: rank 1: ")
 
 
+@pytest.mark.slow
 def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_beginning_bit_equal(
     config, oracle
 ):

@@ -495,6 +495,7 @@ def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly
     )
 
 
+@pytest.mark.slow
 def test_several_workers_measure_what_one_process_does(folder: Path):
     plan = Plan([2, 4], [32], steps=2, seeds=2)
     config = proxy_config(folder, training={"cpu_threads": 1})

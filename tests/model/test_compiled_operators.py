@@ -103,7 +103,9 @@ def of_a_layer(kind: str, dtype: torch.dtype, compiled: bool) -> Counter[str]:
     return deep
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_layer_calls_each_compiled_definition_once_and_fewer_operators(kind, dtype):
     operators = of_a_layer(kind, dtype, compiled=False)

@@ -76,6 +76,7 @@ LESS_OFTEN = (
     "tensor 2",
     "pipeline 2, empty last stage",
     "full recomputation, grouped queries",
+    "experts on 2 ranks, selective recomputation",
 )
 
 

@@ -18,7 +18,12 @@ ALL = "softmax, shared, all ranks"
     [
         ("data 2", TWO, {}),
         # Experts over ranks of which each data rank has several, and over part of them.
-        ("tensor 2, sequence, data 2", ALL, {"recomputation": "full", "micro-batch": "2"}),
+        pytest.param(
+            "tensor 2, sequence, data 2",
+            ALL,
+            {"recomputation": "full", "micro-batch": "2"},
+            marks=pytest.mark.slow,
+        ),
         ("data 4, optimizer over 2", TWO, {"recomputation": "selective", "documents": "apart"}),
         pytest.param(
             "tensor 2, sequence, pipeline 2, 1f1b", TWO, {"dropout": "0.2"}, marks=pytest.mark.slow

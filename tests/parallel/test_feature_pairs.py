@@ -121,7 +121,9 @@ def test_every_layout_draws_the_masks_of_one_process(pool, layout):
 # Negative controls.
 
 
-@pytest.mark.parametrize("layout", ["data 2", "tensor 2, sequence"])
+@pytest.mark.parametrize(
+    "layout", ["data 2", pytest.param("tensor 2, sequence", marks=pytest.mark.slow)]
+)
 def test_masks_that_depend_on_the_rank_are_caught(pool, layout):
     found = problems(pool, row_of(layout=layout, dropout="0.2"), ROWS_OF_THE_RANK)
     assert any("loss" in line for line in found), found

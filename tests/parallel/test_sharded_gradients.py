@@ -38,7 +38,12 @@ def pair(
         (2, {}, {"model": TIED_GPT2, "optimizer": CLIPPED}),
         (4, {}, {"optimizer": CLIPPED}),
         (4, {"optimizer_shard_size": 2, "gradient_dtype": "bf16"}, {"precision": "bf16"}),
-        (4, {"expert_parallel_size": 2, "gradient_dtype": "bf16"}, {"model": {"moe": EXPERTS}}),
+        pytest.param(
+            4,
+            {"expert_parallel_size": 2, "gradient_dtype": "bf16"},
+            {"model": {"moe": EXPERTS}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_micro_batch_gives_the_bits_of_whole_gradients(pool, ranks, layout, settings):

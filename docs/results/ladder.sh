@@ -9,8 +9,8 @@ python tools/preprocess_data.py --input stdlib.jsonl --output-prefix runs/ladder
 # The best learning rate of the proxy, and how it falls with the length: 30 minutes of two cores.
 python tools/lr_transfer.py sweep "$proxy" --out runs/ladder/horizon --lr=-9:-6:1 --train-steps 1055,2110,4220 --seeds 2
 python tools/lr_transfer.py report runs/ladder/horizon
-# 80 minutes of two cores.
+# Four hours of two cores.
 python tools/ladder.py plan "$proxy" --out "$out" --rungs 5 --to-flops 4e13 --tokens-per-parameter 5 --batch-power 0 \
-    --duration-exponent 0.41 --seeds 3,3,3,2,1 --target-flops 2e14 --parameterizations completep,mup
+    --duration-exponent 0.41 --seeds 8,8,8,8,3 --target-flops 2e14 --parameterizations completep,mup
 python tools/ladder.py run "$out"
 python tools/ladder.py fit "$out"

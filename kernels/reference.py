@@ -403,20 +403,8 @@ def begin_step_(
     control.copy_(torch.tensor(decided, dtype=torch.float64))
 
 
-def _valid_logits(
-    logits: Tensor, vocab_start: int, vocab_size: int, logit_scale: float, math_dtype: torch.dtype
-) -> Tensor:
-    """The scaled logits, with the columns that pad the vocabulary at minus infinity."""
-    scaled = logits.to(math_dtype) * logit_scale
-    padding = _padding(logits, vocab_start, vocab_size)
-    return scaled if padding is None else scaled.masked_fill(padding, -math.inf)
-
-
 def _padding(logits: Tensor, vocab_start: int, vocab_size: int) -> Tensor | None:
-    """Which columns [V] pad the vocabulary; None: no column does.
-
-    Compiled, a mask costs as much as the exponentials, and most shards have no padding.
-    """
+    """Which columns [V] pad the vocabulary; None, which costs no mask: no column does."""
     columns = logits.shape[1]
     if vocab_start + columns <= vocab_size:
         return None
@@ -426,8 +414,7 @@ def _padding(logits: Tensor, vocab_start: int, vocab_size: int) -> Tensor | None
 def _sum_of_rows(x: Tensor) -> Tensor:
     """[T, V] -> [T], added up in x's precision within parts of a row, and in float64 over them.
 
-    Compiled sums in float32 add up one by one, which loses digits over a whole row; a row in
-    float64 takes twice the time.
+    Compiled sums in float32 add up one by one; float64 for a whole row takes up to twice the time.
     """
     if x.shape[1] % SUM_COLUMNS == 0:
         x = x.unflatten(1, (-1, SUM_COLUMNS)).sum(2)
@@ -447,7 +434,10 @@ def cross_entropy_forward(
 
     math_dtype: of the arithmetic; float32 where this is compiled.
     """
-    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale, math_dtype)
+    scaled = logits.to(math_dtype) * logit_scale
+    padding = _padding(logits, vocab_start, vocab_size)
+    if padding is not None:
+        scaled = scaled.masked_fill(padding, -math.inf)
     maximum = scaled.amax(1)
     # Where every column is padding the maximum is -inf, and -inf - (-inf) would be NaN.
     finite_maximum = maximum.clamp_min(torch.finfo(math_dtype).min)

@@ -102,7 +102,8 @@ def _cut(
         bounds |= {start, start + length}
     edges = sorted(bounds)
     sizes = [stop - start for start, stop in pairwise(edges)]
-    return {start: number for number, start in enumerate(edges)}, [f.split(sizes) for f in flats]
+    places = {start: number for number, start in enumerate(edges)}
+    return places, [flat.split(sizes) for flat in flats]
 
 
 def _spans_by_values(

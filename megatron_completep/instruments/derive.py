@@ -53,8 +53,7 @@ def duration_of(proxy: Config, tokens: int, scaling: Scaling, gpus: int | None =
     be able to share it, whose micro-batches are searched.
     """
     training = proxy.training
-    proxy_tokens = total_tokens(proxy)
-    exact_batch = training.global_batch_size * (tokens / proxy_tokens) ** scaling.batch_power
+    exact_batch = unrounded_batch(proxy, tokens, scaling)
     batch = max(1, round(exact_batch))
     if batch != training.global_batch_size:
         granule = _granule(batch, gpus)
@@ -64,6 +63,12 @@ def duration_of(proxy: Config, tokens: int, scaling: Scaling, gpus: int | None =
         batch = max(granule, round(exact_batch / granule) * granule)
     steps = max(1, round(tokens / (batch * proxy.model.seq_length)))
     return Duration(batch, steps)
+
+
+def unrounded_batch(proxy: Config, tokens: int, scaling: Scaling) -> float:
+    """The sequences a step that the power law asks for in a run of `tokens` tokens."""
+    growth = tokens / total_tokens(proxy)
+    return float(proxy.training.global_batch_size * growth**scaling.batch_power)
 
 
 def _granule(batch: int, gpus: int | None) -> int:

@@ -311,7 +311,7 @@ def save(ladder: Ladder, folder: Path) -> None:
     try:
         (folder / "rungs").mkdir(parents=True, exist_ok=True)
         # Of a ladder that was planned here before, and whose ladder.json was removed.
-        for left_over in (folder / "rungs").glob("*.yaml"):
+        for left_over in (folder / "rungs").glob("[0-9][0-9].yaml"):
             left_over.unlink()
         for rung in ladder.rungs:
             config = derived(ladder.proxy, rung.shape, ladder.scaling)

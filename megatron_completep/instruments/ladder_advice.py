@@ -11,7 +11,7 @@ from megatron_completep.data.corpus import sources_of
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.megatron_order import split_bounds
 from megatron_completep.errors import DataError
-from megatron_completep.instruments.derive import derived
+from megatron_completep.instruments.derive import derived, duration_of, unrounded_batch
 from megatron_completep.instruments.ladder import (
     STUDY_MISS,
     Ladder,
@@ -87,18 +87,19 @@ def _of_lowest(ladder: Ladder, smallest_flops: float | None) -> Iterator[str]:
 
 def _of_batches(ladder: Ladder) -> Iterator[str]:
     """Rungs whose batch is far from what the length asks for, by whole micro-batches."""
-    training = ladder.proxy.training
+    micro_batch = ladder.proxy.training.micro_batch_size
+    if micro_batch == 1:
+        return
     rounded = []
     for rung in ladder.rungs:
-        config = derived(ladder.proxy, rung.shape, ladder.scaling)
-        growth = total_tokens(config) / total_tokens(ladder.proxy)
-        exact = training.global_batch_size * growth**ladder.scaling.batch_power
-        miss = config.training.global_batch_size / exact - 1
-        if training.micro_batch_size > 1 and abs(miss) > NEAR_BATCH:
-            rounded.append(f"{rung.name} ({exact:.3g} to {config.training.global_batch_size})")
+        tokens = rung.shape.tokens(ladder.scaling.tokens_per_parameter)
+        exact = unrounded_batch(ladder.proxy, tokens, ladder.scaling)
+        batch = duration_of(ladder.proxy, tokens, ladder.scaling).batch
+        if abs(batch / exact - 1) > NEAR_BATCH:
+            rounded.append(f"{rung.name} ({exact:.3g} to {batch})")
     if rounded:
         yield (
-            f"batches are rounded to micro-batches of {training.micro_batch_size} at rungs "
+            f"batches are rounded to micro-batches of {micro_batch} at rungs "
             f"{', '.join(rounded)}: they may scatter about the law. A smaller "
             "training.micro_batch_size is nearer, --batch-power 0 keeps the proxy's batch"
         )

@@ -91,7 +91,7 @@ class Search:
                     f"{path}: another search, with other ranges or another configuration. "
                     "Give the same again, or choose another folder."
                 )
-            check_text([(path, self.config, text)])
+            check_text([(path, text)])
             return
         content["text"] = text_of(self.config)
         folder.mkdir(parents=True, exist_ok=True)

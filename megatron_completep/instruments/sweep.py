@@ -291,7 +291,7 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
     On GPUs the points are dealt out in turn. `say` gets one line a finished point. Raises DataError
     where finished ones are of another text.
     """
-    check_text(_texts(points, folder))
+    check_text(_texts(folder))
     missing_points = missing(points, folder)
     count = len(missing_points)
     (folder / "points").mkdir(parents=True, exist_ok=True)
@@ -332,7 +332,7 @@ def run_slurm(
     The points' files appear as the jobs end. Raises UserError where submitit is not installed, and
     DataError as `run_local` does.
     """
-    check_text(_texts(points, folder))
+    check_text(_texts(folder))
     rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
     executor = slurm_executor(folder, name, options, cluster)
@@ -395,15 +395,13 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
         yield point, result
 
 
-def _texts(points: Sequence[Point], folder: Path) -> Iterator[tuple[Path, Config, Text | None]]:
-    """Path, configuration and text of the points that are done, for `check_text`."""
-    for point in points:
-        path = result_path(folder, point)
+def _texts(folder: Path) -> Iterator[tuple[Path, Text | None]]:
+    """Path and text of every result of a folder, whichever points are to be run beside them."""
+    for path in sorted((folder / "points").glob("*.json")):
         try:
-            result = read_json_object(path, finite=False) if path.exists() else {}
+            yield path, read_json_object(path, finite=False).get("text")
         except DataError:
             continue  # the report refuses the file, and says what to do
-        yield path, point.config, result.get("text")
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:

@@ -6,7 +6,7 @@ texts cannot be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,43 @@ Text = list[dict[str, Any]]  # what tells each source from others, ready for JSO
 
 def text_of(config: Config) -> Text | None:
     """What a run reads, training and validation; None where a file of it is not here."""
-    sources = [*config.data.train, *(config.data.validation or [])]
+    text: Text = []
+    for source in [*config.data.train, *(config.data.validation or [])]:
+        identity = _identity_now(source.prefix)
+        if identity is None:
+            return None
+        text.append(identity)
+    return text
+
+
+def check_text(results: Iterable[tuple[Path, Text | None]]) -> None:
+    """Raises DataError where a result is of another text than its files hold now.
+
+    results: path and text of each; None: of a version that kept no text.
+    """
+    present: dict[str, dict[str, Any] | None] = {}
+    for path, recorded in results:
+        for source in recorded or []:
+            prefix = source["prefix"]
+            if prefix not in present:
+                present[prefix] = _identity_now(prefix)
+            now = present[prefix]
+            if now is None or now == source:
+                continue
+            raise DataError(
+                f"{path}: what is finished read another text than {prefix} holds now "
+                f"({_size(source)} then, {_size(now)} now). Runs on two texts cannot be compared: "
+                "use another folder, or empty this one."
+            )
+
+
+def _identity_now(prefix: str) -> dict[str, Any] | None:
+    """Of the files as they are now; None where they are not here."""
     try:
-        return [identity_of_files(IndexedDataset(source.prefix)) for source in sources]
+        return identity_of_files(IndexedDataset(prefix))
     except DataError:
         return None
 
 
-def check_text(results: Iterable[tuple[Path, Config, Text | None]]) -> None:
-    """Raises DataError where a result is of another text than its files hold now.
-
-    results: path, configuration and text of each; None: of a version that kept no text.
-    """
-    present: dict[tuple[str, ...], Text | None] = {}
-    for path, config, recorded in results:
-        prefixes = _prefixes(config)
-        if prefixes not in present:
-            present[prefixes] = text_of(config)
-        now = present[prefixes]
-        if recorded is None or now is None or recorded == now:
-            continue
-        raise DataError(
-            f"{path}: what is finished read another text than {', '.join(prefixes)} hold now "
-            f"({_size(recorded)} then, {_size(now)} now). Runs on two texts cannot be compared: "
-            "use another folder, or empty this one."
-        )
-
-
-def _prefixes(config: Config) -> tuple[str, ...]:
-    return tuple(source.prefix for source in [*config.data.train, *(config.data.validation or [])])
-
-
-def _size(text: Sequence[dict[str, Any]]) -> str:
-    documents = sum(source["documents"] for source in text)
-    tokens = sum(source["tokens"] for source in text)
-    return f"{tokens:,} tokens in {documents:,} documents"
+def _size(source: dict[str, Any]) -> str:
+    return f"{source['tokens']:,} tokens in {source['documents']:,} documents"

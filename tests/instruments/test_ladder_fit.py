@@ -142,9 +142,17 @@ def test_rungs_that_follow_no_power_law_are_flagged_and_others_are_not():
 @pytest.mark.parametrize("sigma", [0.0, 0.003])
 def test_losses_that_rise_with_compute_are_no_power_law(sigma: float):
     rising = fit(FLOPS, noisy(0, sigma, law=lambda flops: 4.0 - loss_of(flops)))
+    assert rising.misfit < 0.01
     assert rising.broken
     assert rising.law.scale == 0.0
     assert rising.verdict(rising.forecast(TARGET)) == "no power law"
+
+
+def test_losses_that_do_not_fall_are_no_power_law_however_small_their_residuals():
+    # By so little that a constant fits them within their noise.
+    flat = fit(FLOPS, noisy(0, 0.002, law=lambda flops: 2.0 + 0.0015 * math.log10(flops / 1e10)))
+    assert flat.law.scale == 0.0 and flat.misfit > 0.01
+    assert flat.verdict(flat.forecast(TARGET)) == "no power law"
 
 
 def test_an_interval_too_wide_to_use_and_one_seed_are_unresolved():
